@@ -1,0 +1,67 @@
+# make demo | test | bench | horovod | lint      each sets up what it needs in .venv
+PYTHON  ?= python3
+VENV    := .venv
+PY      := $(VENV)/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check -q
+HOROVOD := 0.28.1
+
+.PHONY: demo test bench horovod lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.thinwire $(VENV)/.iproute2
+	$(PY) benchmarks/demo.py
+
+test: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
+	$(PY) -m pytest tests
+
+bench: $(VENV)/.thinwire $(VENV)/.iproute2
+	$(PY) -m pytest benchmarks --benchmark-only
+
+horovod: $(VENV)/.horovod
+
+lint: $(VENV)/.deps
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build hooks/thinwire/*.so hooks/*.egg-info
+
+$(VENV)/.deps: constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt "setuptools<81" wheel packaging ninja
+	$(PIP) install -c constraints.txt torch numpy pytest pytest-benchmark pytest-timeout \
+	    hypothesis expecttest rich matplotlib scikit-learn ruff
+	touch $@
+
+# --no-build-isolation: an isolated build would download torch a second time.
+$(VENV)/.thinwire: $(VENV)/.deps setup.py $(shell find csrc -type f)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+# Horovod's last release asks for C++14 and today's torch headers need C++17; that line of its two
+# CMakeLists.txt is all that is changed, so what gets tested is stock Horovod. The wheel is kept.
+$(VENV)/.horovod: $(VENV)/.deps
+	$(PIP) install -c constraints.txt cmake pybind11 cloudpickle psutil pyyaml
+	mkdir -p $(VENV)/horovod
+	set -e; if ! ls $(VENV)/horovod/*.whl >/dev/null 2>&1; then \
+	    $(PIP) download --no-deps --no-binary :all: --no-build-isolation -d $(VENV)/horovod horovod==$(HOROVOD); \
+	    tar -xzf $(VENV)/horovod/horovod-$(HOROVOD).tar.gz -C $(VENV)/horovod; \
+	    sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' \
+	        $(VENV)/horovod/horovod-$(HOROVOD)/CMakeLists.txt \
+	        $(VENV)/horovod/horovod-$(HOROVOD)/horovod/torch/CMakeLists.txt; \
+	    echo "building Horovod $(HOROVOD): a few minutes, once"; \
+	    PATH="$(abspath $(VENV))/bin:$$PATH" \
+	    HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+	    HOROVOD_WITHOUT_MPI=1 HOROVOD_WITH_GLOO=1 \
+	    $(PIP) wheel --no-deps --no-build-isolation -w $(VENV)/horovod $(VENV)/horovod/horovod-$(HOROVOD) \
+	        > $(VENV)/horovod/build.log 2>&1 || { tail -n 40 $(VENV)/horovod/build.log; exit 1; }; \
+	fi
+	$(PIP) install --no-deps $(VENV)/horovod/horovod-$(HOROVOD)-*.whl
+	touch $@
+
+# The thin network needs ip and tc. Without them, or the right to install them, it says so and runs unshaped.
+$(VENV)/.iproute2: $(VENV)/.deps
+	@command -v ip >/dev/null 2>&1 && command -v tc >/dev/null 2>&1 || { \
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 \
+	    && apt-get -qq update && apt-get -qq install -y iproute2 >/dev/null; } \
+	    || echo "iproute2 is missing and could not be installed: the network will not be shaped" >&2
+	@touch $@

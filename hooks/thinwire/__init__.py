@@ -1,0 +1,16 @@
+"""Data-parallel training where the network is thin: one hook on a DDP model, or one compressor for Horovod."""
+
+from thinwire.ddp import HookState, attach, hook
+from thinwire.estimate import estimate
+from thinwire.methods import BlockSparse, Dense, Method
+
+__version__ = "0.1.0"
+__all__ = ["BlockSparse", "Dense", "HookState", "Method", "attach", "estimate", "hook"]
+
+
+def __getattr__(name):
+    if name == "horovod":  # imported when asked for: it imports Horovod
+        import importlib
+
+        return importlib.import_module("thinwire.horovod")
+    raise AttributeError(f"module 'thinwire' has no attribute {name!r}")

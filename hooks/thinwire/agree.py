@@ -1,0 +1,26 @@
+"""Do all ranks run the same thing? Asked once, before the first payload: a mismatch later would hang or corrupt."""
+
+import hashlib
+
+_ADVICE = "every rank must be given the same method, the same model and, after a resume, a state of the same step"
+
+
+def describe(method, step: int, numels: dict[str, int]) -> dict[str, str]:
+    """What must be equal on every rank, by name."""
+    shapes = hashlib.blake2b(repr(sorted(numels.items())).encode(), digest_size=6).hexdigest()
+    model = f"{len(numels)} parameters, {sum(numels.values())} elements, digest {shapes}"
+    return method.describe() | {"model": model, "step": str(step)}
+
+
+def require(everyone: list[dict[str, str]]) -> None:
+    """Raise ValueError, naming each thing in which the ranks' descriptions differ and who has what."""
+    differences = []
+    for key in sorted({key for one in everyone for key in one}):
+        ranks = {}
+        for rank, one in enumerate(everyone):
+            ranks.setdefault(one.get(key, "(none)"), []).append(rank)
+        if len(ranks) > 1:
+            found = ", ".join(f"{value} on rank {','.join(map(str, who))}" for value, who in ranks.items())
+            differences.append(f"{key}: {found}")
+    if differences:
+        raise ValueError(f"thinwire: the ranks differ in {'; '.join(differences)}. {_ADVICE.capitalize()}.")

@@ -1,0 +1,86 @@
+"""A rank's state as plain tensors, numbers and strings, and back, also where the number of ranks has changed."""
+
+import logging
+from collections.abc import Sequence
+
+from thinwire.methods import Method
+from thinwire.reducer import Reducer
+
+_log = logging.getLogger("thinwire")
+FORMAT = 1
+_KEYS = {"format", "method", "rank", "world_size", "memory"}
+
+
+def save(method: Method, reducer: Reducer) -> dict:
+    """One rank's shard; memory maps a state's name to {parameter name: 1-D tensor}."""
+    return {
+        "format": FORMAT,
+        "method": method.describe(),
+        "rank": reducer.rank,
+        "world_size": reducer.world_size,
+        "memory": {name: store.state_dict() for name, store in reducer.memory.stores().items()},
+    }
+
+
+def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels: dict[str, int]) -> dict:
+    """Check everything, then put a state back; see ``Handle.load_state_dict``. Returns this rank's shard.
+
+    numels: elements of each parameter of the model. Raises ValueError, with nothing changed, where the state does
+    not fit.
+    """
+    shards = [shards] if isinstance(shards, dict) else list(shards)
+    for shard in shards:
+        _check(shard, method, numels)
+    by_rank = {shard["rank"]: shard for shard in shards}
+    was, now = shards[0]["world_size"], reducer.world_size
+    if was == now and reducer.rank in by_rank:
+        states = by_rank[reducer.rank]["memory"]
+    elif sorted(by_rank) == list(range(was)) and len(shards) == was:
+        states = _redistributed(by_rank, reducer.rank, was, now)
+        _log.warning("thinwire: state of %d ranks loaded on %d: residuals are summed onto the ranks there are and "
+                     "scaled by %d/%d, so that their mean is unchanged", was, now, now, was)  # fmt: skip
+    else:
+        raise ValueError(
+            f"load_state_dict got the state of rank {sorted(by_rank)} of {was} on rank {reducer.rank} of {now}: pass "
+            "this rank's own shard, or a list of the shards of all ranks if their number has changed, so that no "
+            "residual is lost"
+        )
+    for name, store in reducer.memory.stores().items():
+        store.load_state_dict(states.get(name, {}))
+    return shards[0]
+
+
+def _redistributed(by_rank, rank, was, now):
+    """Old ranks' states dealt to the new ranks round robin; a control variate's own becomes the common mean."""
+    states = {}
+    for name in by_rank[0]["memory"]:
+        if name == "mean":
+            states["mean"] = states["own"] = by_rank[0]["memory"]["mean"]
+        elif name != "own":
+            merged = {}
+            for old in range(rank, was, now):
+                for parameter, tensor in by_rank[old]["memory"][name].items():
+                    share = tensor * (now / was)
+                    merged[parameter] = merged[parameter] + share if parameter in merged else share
+            states[name] = merged
+    return states
+
+
+def _check(shard, method, numels):
+    if not isinstance(shard, dict) or not _KEYS <= shard.keys() or shard["format"] != FORMAT:
+        found = sorted(shard) if isinstance(shard, dict) else type(shard).__name__
+        raise ValueError(f"load_state_dict got {found}: not a thinwire state of format {FORMAT}")
+    ours, theirs = method.describe(), shard["method"]
+    for field in ("method", "memory", "momentum"):
+        if ours.get(field) != theirs.get(field):
+            raise ValueError(
+                f"load_state_dict: the state was saved with {field}={theirs.get(field)} and this method has "
+                f"{field}={ours.get(field)}; its tensors mean nothing to it"
+            )
+    for name, tensors in shard["memory"].items():
+        for parameter, tensor in tensors.items():
+            if numels.get(parameter) != tensor.numel():
+                has = f"{numels[parameter]} elements" if parameter in numels else "no such parameter"
+                raise ValueError(
+                    f"load_state_dict: {name} of {parameter!r} has {tensor.numel()} elements and the model has {has}"
+                )

@@ -1,0 +1,57 @@
+"""What cannot work is refused before training starts, with the reason and the way out."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.methods import Method
+
+
+def check_model(ddp, hooks_allowed: int = 0) -> None:
+    """Raise TypeError or ValueError where the model cannot be given the hook."""
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(
+            f"attach got a {type(ddp).__name__}: it must be a DistributedDataParallel; wrap the model first: "
+            "attach(DistributedDataParallel(model), ...)"
+        )
+    if len(ddp._comm_hooks) > hooks_allowed:
+        names = ", ".join(getattr(hook, "__qualname__", str(hook)) for hook, _ in ddp._comm_hooks)
+        raise ValueError(f"this DistributedDataParallel already has a communication hook ({names}); DDP allows one")
+    if getattr(ddp, "mixed_precision", None) is not None:
+        raise ValueError(
+            "DistributedDataParallel(mixed_precision=...) registers a communication hook of its own; use "
+            "torch.autocast instead, and wire_dtype for fewer bytes"
+        )
+    for name, parameter in ddp.module.named_parameters():
+        check_gradient(name, parameter)
+        if hasattr(parameter, "_in_backward_optimizers"):
+            raise ValueError(f"parameter {name!r} has its optimizer in the backward pass, which takes DDP's only hook")
+    for name, module in ddp.module.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+            raise TypeError(
+                f"module {name!r} has sparse gradients; make it with sparse=False: thinwire needs dense ones"
+            )
+
+
+def check_gradient(name: str, parameter: torch.Tensor) -> None:
+    """Raise TypeError where a parameter's gradient is of a kind that cannot be averaged."""
+    if parameter.is_complex():
+        raise TypeError(f"parameter {name!r} is {parameter.dtype}: thinwire averages real gradients only")
+
+
+def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError where both the method and the optimizer would keep momentum, or that cannot be seen."""
+    momentum = getattr(method, "momentum", 0.0)
+    if not momentum:
+        return
+    if optimizer is None:
+        raise ValueError(
+            f"BlockSparse(momentum={momentum}) keeps the momentum itself: pass optimizer=, so that it can be seen "
+            "that the optimizer keeps none"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        own = group.get("momentum") or (group["betas"][0] if "betas" in group else 0.0)
+        if own:
+            raise ValueError(
+                f"BlockSparse(momentum={momentum}) keeps the momentum, and {type(optimizer).__name__}'s parameter "
+                f"group {i} has {own} of its own: set the optimizer's to 0, or the method's"
+            )

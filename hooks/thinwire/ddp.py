@@ -1,0 +1,125 @@
+# No "from __future__ import annotations" here: DDP inspects the hook's annotations and refuses strings.
+"""The front door for DistributedDataParallel: ``attach``, or ``register_comm_hook(HookState(...), hook)``."""
+
+import gc
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.checks import check_model, check_momentum
+from thinwire.exchange import AllGather, OwnerExchange, gather_now
+from thinwire.handle import Handle
+from thinwire.memory import wide
+from thinwire.methods import Method
+from thinwire.names import parameter_names
+from thinwire.stats import ring_all_reduce_bytes
+
+
+def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None, grad_scaler=None) -> "HookState":
+    """Make a DDP model average its gradients by ``method``. Call it once, on every rank, before the first backward.
+
+    ddp: a DistributedDataParallel, or what torch.compile made of one. optimizer: needed where the method keeps
+    momentum itself, to see that the optimizer keeps none. grad_scaler: the torch.amp.GradScaler in use, if any, with
+    a method that has a memory: the memory is kept in step when the scale changes.
+
+    Returns the handle, with ``stats()``, ``state_dict()`` and ``load_state_dict()``. Raises TypeError or ValueError
+    for a model, method or optimizer that cannot work, before anything is changed.
+    """
+    ddp = getattr(ddp, "_orig_mod", ddp)
+    state = HookState(method, grad_scaler=grad_scaler)
+    check_model(ddp)
+    check_momentum(method, optimizer)
+    state.bind(ddp)
+    ddp.register_comm_hook(state, hook)
+    return state
+
+
+def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """PyTorch's communication hook, for ``ddp.register_comm_hook(thinwire.HookState(method), thinwire.hook)``."""
+    return state.reduce(bucket)
+
+
+class HookState(Handle):
+    """A method at work on one DDP model: the state of the hook, and the handle that ``attach`` returns.
+
+    Registered by hand, it finds its model at the first backward pass; then nothing can check the optimizer, so with
+    ``momentum`` see to it yourself that the optimizer's is 0.
+    """
+
+    def __init__(self, method: Method, *, grad_scaler=None):
+        super().__init__(method, grad_scaler)
+        self._names: dict[torch.Tensor, str] | None = None
+
+    def bind(self, ddp: DistributedDataParallel) -> None:
+        """Take names, sizes and the process group from the model."""
+        self._names = parameter_names(ddp.module)
+        self._group = ddp.process_group
+        self._all_gather, self._owners = AllGather(self._group), OwnerExchange(self._group)
+        numels = {name: parameter.numel() for parameter, name in self._names.items()}
+        self._start(numels, self._group.rank(), self._group.size())
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Average one bucket; the body of the hook."""
+        if self._names is None:
+            self.bind(_owner(self))
+        self._agree(self._gather_objects)
+        if bucket.index() == 0:
+            self._follow_scale()
+        step = self._step
+        if bucket.is_last():
+            self._step += 1
+            self._stats.steps += 1
+        if self._group.size() == 1:
+            return _completed(bucket.buffer())
+        return self._exchange(bucket, step)
+
+    def _exchange(self, bucket, step):
+        begin = time.perf_counter()
+        stats, flat, parameters = self._stats, bucket.buffer(), bucket.parameters()
+        names = tuple(self._names[p] for p in parameters)
+        numels = tuple(p.numel() for p in parameters)
+        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now)
+        sending = time.perf_counter()
+        exchange = self._owners if encoded.choice.common else self._all_gather
+        flight = exchange.start(encoded.payload, encoded.wire, wide(flat.dtype))
+        encoded.prepare()
+        stats.encode_s += sending - begin
+        stats.count_bytes(flight.bytes_sent)
+        stats.dense_bytes += ring_all_reduce_bytes(flat.numel() * flat.element_size(), self._group.size())
+
+        def decode(future):
+            future.value()  # raises if the collective failed; what it holds differs between backends
+            arriving = time.perf_counter()
+            self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), flight.lost)
+            stats.exchange_s += arriving - sending
+            stats.decode_s += time.perf_counter() - arriving
+            return flat
+
+        return flight.future.then(decode)
+
+    def _gather_now(self, values):
+        self._stats.count_bytes((self._group.size() - 1) * values.numel() * values.element_size())
+        return gather_now(values, self._group)
+
+    def _gather_objects(self, thing):
+        everyone = [None] * self._group.size()
+        dist.all_gather_object(everyone, thing, group=self._group)
+        return everyone
+
+
+def _completed(value):
+    future = torch.futures.Future()
+    future.set_result(value)
+    return future
+
+
+def _owner(state):
+    """The DDP model that registered this state: the hook is not told, and only the model knows names and group."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel):
+            if any(s is state for _, s in getattr(thing, "_comm_hooks", ())):
+                check_model(thing, hooks_allowed=1)
+                return thing
+    raise RuntimeError("thinwire.hook was called for no DistributedDataParallel that registered its HookState")

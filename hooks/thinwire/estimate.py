@@ -1,0 +1,35 @@
+"""What a method will send, without running it."""
+
+import torch
+
+from thinwire.blocks import Layout
+from thinwire.methods import Method, block_sparse
+from thinwire.names import parameter_names
+from thinwire.stats import ring_all_reduce_bytes
+
+
+def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int | None = None) -> dict[str, float]:
+    """Bytes that each rank sends in a step under DDP, against a dense ring all-reduce.
+
+    step: None is after the ramp. For nominated it is the most: ranks that name the same block send it once.
+    Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them.
+    """
+    method = block_sparse(method)
+    step = method.warmup_steps + method.ramp_steps if step is None else step
+    names = tuple(parameter_names(model).values())
+    parameters = list(parameter_names(model))
+    numels = tuple(p.numel() for p in parameters)
+    slots = Layout(names, numels, method.block_size).slots(method.counts_at(step, world_size, numels))
+    peers, width = world_size - 1, method.wire_dtype.itemsize
+    narrow = [p.element_size() if method.memory == "none" else width for p in parameters]
+    offsets = slots.offsets
+    values = sum((offsets[i + 1] - offsets[i]) * min(width, narrow[i]) for i in range(len(names)))
+    sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
+    if all(slots.whole) or method.selection == "shared":
+        sent = 2 * peers * values / world_size
+    elif method.selection == "nominated":
+        sent = 2 * peers * values / world_size + 4 * peers * sparse / world_size
+    else:
+        sent = peers * (values + 4 * sparse * (method.selection == "topk"))
+    dense = ring_all_reduce_bytes(sum(p.numel() * p.element_size() for p in parameters), world_size)
+    return {"bytes_sent": sent, "dense_bytes": dense, "compression": dense / sent if sent else 1.0}

@@ -1,0 +1,166 @@
+"""Every operator of :mod:`thinwire.ops` in plain PyTorch: what it means, and what runs without a compiler.
+
+The C++ and CUDA versions give the same bits on float32 and float64. Two orders make that possible: a block's squared
+norm is summed in 16 interleaved lanes that are then folded in halves, and payloads are added in rank order.
+"""
+
+import torch
+
+LANES = 16
+TOUCHED, NONFINITE = 1, 2
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, status):
+    examine(grad, table, status)
+    for s, (start, numel, first_block, *_) in enumerate(table.tolist()):
+        piece = slice(start, start + numel)
+        if status[s] & TOUCHED:
+            step = _finite(grad[piece]).to(residual.dtype)
+            if velocity is not None:
+                step = velocity[piece].mul_(momentum).add_(step)
+            residual[piece].add_(step)
+        squared = _squared_norms(residual[piece], block_size)
+        norms[first_block : first_block + len(squared)] = squared
+
+
+def examine(grad, table, status):
+    status.zero_()
+    for s, (start, numel, *_) in enumerate(table.tolist()):
+        piece = grad[start : start + numel]
+        touched = TOUCHED if bool((piece != 0).any()) else 0
+        status[s] = touched | (0 if bool(torch.isfinite(piece).all()) else NONFINITE)
+        status[-1] |= status[s]
+
+
+def draw_blocks(table, units, block_size, seed, step, streams, deals, chosen):
+    for row, (stream, deal) in enumerate(zip(streams, deals, strict=True)):
+        for (_, numel, _, slots, first_slot, _), unit in zip(table.tolist(), units.tolist(), strict=True):
+            blocks = -(-numel // block_size)
+            order = torch.sort(_keys(blocks, seed, step, unit, stream), stable=True).indices
+            dealt = (torch.arange(slots) + deal * slots) % max(blocks, 1)
+            chosen[row, first_slot : first_slot + slots] = order[dealt].sort().values.to(chosen.device)
+
+
+def select_blocks(norms, table, block_size, chosen):
+    for _, numel, first_block, slots, first_slot, _ in table.tolist():
+        blocks = -(-numel // block_size)
+        order = torch.sort(norms[first_block : first_block + blocks], descending=True, stable=True).indices
+        chosen[first_slot : first_slot + slots] = order[:slots].sort().values
+
+
+def gather_blocks(source, chosen, table, block_size, status, scale, payload):
+    _gather(source, chosen, table, block_size, status, scale, payload, clear=False)
+
+
+def take_blocks_(source, chosen, table, block_size, status, scale, payload):
+    _gather(source, chosen, table, block_size, status, scale, payload, clear=True)
+
+
+def _gather(source, chosen, table, block_size, status, scale, payload, clear):
+    if status is not None and status[-1] & NONFINITE:
+        payload.fill_(float("nan"))
+        return
+    payload.zero_()
+    wide = _wide(source.dtype)
+    factor = torch.ones((), dtype=wide, device=source.device) if scale is None else scale.to(wide)
+    for s, index, slot in _segments(chosen, table, block_size):
+        if status is None or status[s] & TOUCHED:
+            values = source[index].to(wide)
+            payload[slot] = (values * factor).to(payload.dtype)
+            if clear:
+                source[index] = (values - payload[slot].to(wide) * (1 / factor)).to(source.dtype)
+
+
+def scatter_blocks_(payloads, inverses, chosen, table, block_size, factors, accumulate, out):
+    wide = _wide(out.dtype)
+    total = torch.zeros(out.shape, dtype=wide, device=out.device)
+    touched = torch.zeros(out.shape, dtype=torch.bool, device=out.device)
+    for rank in range(payloads.shape[0]):
+        for _, index, slot in _segments(chosen[rank], table, block_size):
+            values = payloads[rank, slot].to(wide)
+            total[index] += values if inverses is None else values * inverses[rank].to(wide)
+            touched[index] = True
+    for s, (start, numel, *_) in enumerate(table.tolist()):
+        total[start : start + numel] *= factors[s].to(wide)
+    before = out.to(wide) if accumulate else torch.zeros_like(total)
+    out.copy_(torch.where(touched, before + total if accumulate else total, before))
+
+
+def settle_(residual, velocity, grad, momentum, payload, inverse, chosen, table, block_size, status, bad):
+    segments = [(s, i, j) for s, i, j in _segments(chosen, table, block_size) if status[s] & TOUCHED]
+    rows = table.tolist()
+    if not bool(bad):
+        for s, index, _ in segments if velocity is not None else ():
+            _, numel, _, slots, *_ = rows[s]
+            if slots < -(-numel // block_size):
+                velocity[index] = 0
+        return
+    if not status[-1] & NONFINITE:
+        for _, index, slot in segments:
+            values = payload[slot].to(residual.dtype)
+            residual[index] += values if inverse is None else values * inverse.to(residual.dtype)
+    for s, (start, numel, *_) in enumerate(rows):
+        if status[s] & TOUCHED:
+            piece = slice(start, start + numel)
+            step = _finite(grad[piece]).to(residual.dtype)
+            residual[piece].sub_(step if velocity is None else velocity[piece])
+            if velocity is not None:
+                velocity[piece].sub_(step).div_(momentum)
+
+
+def _segments(chosen, table, block_size):
+    """For each parameter: its row, the elements of its chosen blocks, and where they lie in the payload."""
+    within = torch.arange(block_size, device=chosen.device)
+    for s, (start, numel, _, slots, first_slot, offset) in enumerate(table.tolist()):
+        element = (chosen[first_slot : first_slot + slots, None] * block_size + within).flatten()
+        slot = offset + torch.arange(slots * block_size, device=chosen.device)
+        inside = element < numel
+        yield s, start + element[inside], slot[inside]
+
+
+def _squared_norms(piece, block_size):
+    blocks = -(-piece.numel() // block_size)
+    flat = piece.new_zeros(blocks * block_size)
+    flat[: piece.numel()] = piece
+    padded = piece.new_zeros(blocks, -(-block_size // LANES) * LANES)
+    padded[:, :block_size] = flat.view(blocks, block_size)
+    lanes = piece.new_zeros(blocks, LANES)
+    for column in padded.view(blocks, -1, LANES).unbind(1):
+        lanes = lanes + column * column
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def _keys(blocks, seed, step, unit, stream):
+    """int64 [blocks]: splitmix64's sequence, started from the four numbers; equal bits in C++ and CUDA."""
+    start = torch.zeros((), dtype=torch.int64)
+    for number in (seed, step, unit, stream):
+        start = _mix((start ^ _wrap(number)) + _wrap(_GOLDEN))
+    return _mix(start + (torch.arange(blocks, dtype=torch.int64) + 1) * _wrap(_GOLDEN))
+
+
+def _mix(z):
+    z = (z ^ _shift(z, 30)) * _wrap(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _wrap(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z, bits):
+    """Logical right shift: torch's is arithmetic."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrap(number):
+    """A number modulo 2^64 as the int64 with the same bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _finite(piece):
+    return torch.where(torch.isfinite(piece), piece, torch.zeros_like(piece))
+
+
+def _wide(dtype):
+    """The dtype in which values of ``dtype`` are added."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,40 @@
+"""Bytes and seconds of the steps done so far."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Stats:
+    """Totals of one rank.
+
+    steps; bytes_sent and bytes_received, by the arithmetic of the collectives (payloads, without TCP's headers);
+    dense_bytes, what a ring all-reduce of the same gradients would send; host seconds: encode_s, from the gradient
+    to the message; exchange_s, from there until the last message is here, so including whatever it overlaps with;
+    decode_s, until the averaged gradient is written.
+    """
+
+    steps: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    dense_bytes: int = 0
+    encode_s: float = 0.0
+    exchange_s: float = 0.0
+    decode_s: float = 0.0
+
+    def count_bytes(self, nbytes: int) -> None:
+        """Count a collective in which every rank sends and receives nbytes."""
+        self.bytes_sent += nbytes
+        self.bytes_received += nbytes
+
+    @property
+    def compression(self) -> float:
+        """dense_bytes / bytes_sent; 1.0 where nothing was or would be sent."""
+        return self.dense_bytes / self.bytes_sent if self.bytes_sent else 1.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {"compression": self.compression}
+
+
+def ring_all_reduce_bytes(nbytes: int, world_size: int) -> int:
+    """Bytes that each rank sends, and receives, in a ring all-reduce of nbytes."""
+    return 2 * (world_size - 1) * nbytes // world_size

@@ -1,0 +1,77 @@
+"""Real process groups for tests: n worker processes over Gloo that stay up and run one function after another."""
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "thinwire"])
+
+
+class RankError(AssertionError):
+    """A function raised on some rank; the message holds every rank's traceback."""
+
+
+class Ranks:
+    """n ranks. ``run(function, ...)`` calls it on all of them and returns their results in rank order.
+
+    The function must be importable; it is given (rank, n, ...). A hang ends in RankError after ``seconds``.
+    """
+
+    def __init__(self, n: int):
+        self.n = n
+        self._processes = []
+
+    def run(self, function, *args, seconds: float = 120.0):
+        if not self._processes:
+            self._start()
+        for inbox in self._inboxes:
+            inbox.put((function, args))
+        results, failures = [None] * self.n, []
+        for _ in range(self.n):
+            try:
+                rank, ok, value = self._outbox.get(timeout=seconds)
+            except queue.Empty:
+                self.stop()
+                raise RankError(f"{function.__name__}: no answer within {seconds:g} s from {self.n} ranks") from None
+            results[rank] = value
+            if not ok:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.stop()  # the others may be left inside a collective
+            raise RankError("\n".join(failures))
+        return results
+
+    def stop(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes = []
+
+    def _start(self):
+        handle, store = tempfile.mkstemp(prefix="thinwire-ranks-")
+        os.close(handle)
+        os.remove(store)
+        self._inboxes = [_context.Queue() for _ in range(self.n)]
+        self._outbox = _context.Queue()
+        for rank, inbox in enumerate(self._inboxes):
+            process = _context.Process(target=_serve, args=(rank, self.n, store, inbox, self._outbox), daemon=True)
+            process.start()
+            self._processes.append(process)
+
+
+def _serve(rank, n, store, inbox, outbox):
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
+    while True:
+        function, args = inbox.get()
+        try:
+            outbox.put((rank, True, function(rank, n, *args)))
+        except BaseException:
+            outbox.put((rank, False, traceback.format_exc()))

@@ -1,0 +1,422 @@
+"""What DDP users do: everything here must work as it does without thinwire."""
+
+import pytest
+import thinwire
+import torch
+import torch.distributed as dist
+from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, mlp, sgd, step, wrap
+from thinwire import BlockSparse, Dense
+
+TOPK = BlockSparse("topk", density=0.1, block_size=16)
+NOMINATED = BlockSparse("nominated", density=0.1, block_size=16)
+SOME = [BlockSparse(block_size=16), TOPK, NOMINATED, BlockSparse("shared", density=0.3, memory="control_variate")]
+
+
+def train(rank, n, method, build=mlp, options=None, steps=15, compiled=False):
+    model = build()
+    ddp = wrap(model, **(options or {}))
+    forward = torch.compile(ddp, backend="eager") if compiled else ddp
+    optimizer = sgd(ddp, lr=0.5)
+    handle = attach(forward, method, optimizer)
+    batches = data(rank)
+    losses = [step(forward, optimizer, next(batches)) for _ in range(steps)]
+    learns = sum(losses[-3:]) < sum(losses[:3])
+    return equal_on_all_ranks(model.parameters()), learns, handle.stats()["steps"]
+
+
+@pytest.mark.parametrize("method", SOME, ids=label)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"bucket_cap_mb": 25},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ddp_options(ranks, method, options):
+    assert ranks(2).run(train, method, mlp, options) == [(True, True, 15)] * 2
+
+
+@pytest.mark.parametrize("method", SOME, ids=label)
+def test_compiled_ddp(ranks, method):
+    assert ranks(2).run(train, method, mlp, {"bucket_cap_mb": 25}, 8, True) == [(True, True, 8)] * 2
+
+
+def by_hand(rank, n, method):
+    """PyTorch's own convention: nothing but a state and a function."""
+    model = mlp()
+    ddp = wrap(model)
+    state = thinwire.HookState(method)
+    ddp.register_comm_hook(state, thinwire.hook)
+    optimizer, batches = sgd(ddp), data(rank)
+    for _ in range(10):
+        step(ddp, optimizer, next(batches))
+    return flat(model.parameters()), sorted(state.state_dict()["memory"]["residual"]) == sorted(
+        name for name, _ in model.named_parameters()
+    )
+
+
+def attached(rank, n, method):
+    model = mlp()
+    ddp = wrap(model)
+    optimizer, batches = sgd(ddp), data(rank)
+    attach(ddp, method)
+    for _ in range(10):
+        step(ddp, optimizer, next(batches))
+    return flat(model.parameters())
+
+
+def test_register_comm_hook_is_the_same_as_attach(ranks):
+    parameters, named = ranks(2).run(by_hand, TOPK)[0]
+    assert named and torch.equal(parameters, ranks(2).run(attached, TOPK)[0])
+
+
+def accumulate(rank, n, method):
+    """Two backward passes under no_sync and one without, against one backward of the sum."""
+    results = []
+    for split in (True, False):
+        model = mlp()
+        ddp = wrap(model)
+        handle = attach(ddp, method)
+        batches = [next(data(rank, seed=s)) for s in range(3)]
+        losses = [lambda x=x, y=y: ((ddp(x) - y) ** 2).mean() for x, y in batches]
+        if split:
+            with ddp.no_sync():
+                losses[0]().backward()
+                losses[1]().backward()
+            losses[2]().backward()
+        else:
+            with ddp.no_sync():
+                (losses[0]() + losses[1]()).backward()
+            losses[2]().backward()
+        results.append((flat(p.grad for p in model.parameters()), handle.stats()["steps"]))
+    return results
+
+
+@pytest.mark.parametrize("method", SOME, ids=label)
+def test_no_sync_accumulates_and_counts_one_step(ranks, method):
+    (one, steps), (other, _) = ranks(2).run(accumulate, method)[0]
+    assert steps == 1
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+class Branches(torch.nn.Module):
+    """Two halves of which a forward pass uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = mlp(layers=2, seed=1), mlp(layers=2, seed=2)
+
+    def forward(self, x, use):
+        return self.a(x) if use == "a" else self.b(x)
+
+
+def unused(rank, n, method):
+    model = Branches()
+    ddp = wrap(model, find_unused_parameters=True)
+    handle = attach(ddp, method)
+    optimizer, batches = sgd(ddp), data(rank)
+
+    def use(branch):
+        x, y = next(batches)
+        optimizer.zero_grad()
+        ((ddp(x, branch) - y) ** 2).mean().backward()
+        optimizer.step()
+        return handle.state_dict()["memory"]["residual"]
+
+    use("a"), use("b")
+    before = use("a")
+    after = use("b")
+    kept = all(torch.equal(before[k], after[k]) for k in before if k.startswith("a."))
+    moved = any(not torch.equal(before[k], after[k]) for k in before if k.startswith("b."))
+    grads_left_alone = model.a[0].weight.grad is None or not model.a[0].weight.grad.any()
+    mixed = use("a" if rank == 0 else "b")
+    rank_kept = all(torch.equal(mixed[k], after[k]) for k in mixed if k.startswith("b." if rank == 0 else "a."))
+    return kept, moved, grads_left_alone, rank_kept, equal_on_all_ranks(model.parameters())
+
+
+@pytest.mark.parametrize("method", [TOPK, NOMINATED], ids=label)
+def test_an_unused_parameter_keeps_its_residual(ranks, method):
+    assert ranks(2).run(unused, method) == [(True,) * 5] * 2
+
+
+def several_dtypes():
+    return torch.nn.Sequential(mlp(layers=2), Cast(torch.float64), mlp(layers=2, dtype=torch.float64),
+                               Cast(torch.bfloat16), mlp(layers=1, dtype=torch.bfloat16), Cast(torch.float32))  # fmt: skip
+
+
+class Cast(torch.nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize("method", SOME, ids=label)
+def test_several_dtypes_in_one_model(ranks, method):
+    assert ranks(2).run(train, method, several_dtypes) == [(True, True, 15)] * 2
+
+
+def uneven(rank, n, method):
+    model = mlp()
+    ddp = wrap(model)
+    handle = attach(ddp, method)
+    optimizer, batches = sgd(ddp), data(rank)
+    with ddp.join():
+        for _ in range(5 + 3 * rank):
+            step(ddp, optimizer, next(batches))
+    finite = bool(torch.isfinite(flat(model.parameters())).all())
+    return equal_on_all_ranks(model.parameters()), finite, handle.stats()["steps"]
+
+
+@pytest.mark.parametrize("method", [*SOME, Dense()], ids=lambda m: getattr(m, "selection", "dense"))
+def test_join_with_uneven_inputs(ranks, method):
+    """A rank that has joined stands in with zeros, so the last steps of the others are averaged over all."""
+    for equal, finite, steps in ranks(3).run(uneven, method):
+        assert equal and finite and steps == 11
+
+
+def overflow(rank, n, method):
+    """A GradScaler step whose gradient is inf on rank 1 alone, between ordinary ones."""
+    model = mlp()
+    ddp = wrap(model)
+    optimizer = sgd(ddp)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    handle = attach(ddp, method, optimizer, grad_scaler=scaler)
+    batches, moved, scales = data(rank), [], []
+    residuals = []
+    for i in range(6):
+        x, y = next(batches)
+        before = flat(model.parameters())
+        optimizer.zero_grad()
+        loss = ((ddp(x) - y) ** 2).mean()
+        if i == 3 and rank == 1:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not torch.equal(before, flat(model.parameters())))
+        scales.append(scaler.get_scale())
+        state = handle.state_dict()["memory"]
+        residuals.append({k: torch.cat(list(v.values())) for k, v in state.items()})
+    finite = bool(torch.isfinite(flat(model.parameters())).all())
+    finite &= all(bool(torch.isfinite(t).all()) for r in residuals for t in r.values())
+    undone = all(torch.allclose(residuals[2][k], residuals[3][k], rtol=1e-4, atol=1e-3) for k in residuals[2])
+    return moved, scales, finite, undone, equal_on_all_ranks(model.parameters())
+
+
+@pytest.mark.parametrize("method", ALL_METHODS, ids=label)
+def test_a_step_that_overflows_is_skipped_everywhere_and_leaves_no_trace(ranks, method):
+    for moved, scales, finite, undone, equal in ranks(2).run(overflow, method):
+        assert moved == [True, True, True, False, True, True]
+        assert scales == [1024] * 3 + [512] * 3
+        assert finite and undone and equal
+
+
+def rescaled(rank, n):
+    """The same run at two scales, the second changing on the way, must keep the same unscaled residual."""
+    finals = []
+    for change in (False, True):
+        model = mlp()
+        ddp = wrap(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        handle = attach(ddp, TOPK, grad_scaler=scaler)
+        optimizer, batches = sgd(ddp), data(rank)
+        for i in range(6):
+            x, y = next(batches)
+            optimizer.zero_grad()
+            scaler.scale(((ddp(x) - y) ** 2).mean()).backward()
+            scaler.step(optimizer)
+            scaler.update(512.0 if change and i == 2 else 1024.0 if not change else None)
+        finals.append((flat(model.parameters()), flat(handle.state_dict()["memory"]["residual"].values())))
+    (p, r), (q, s) = finals
+    return torch.equal(p, q), torch.equal(r / 1024, s / 512)
+
+
+def test_memory_follows_the_scale(ranks):
+    assert ranks(2).run(rescaled) == [(True, True)] * 2
+
+
+def zeros(rank, n, method):
+    model = mlp()
+    ddp = wrap(model)
+    optimizer = sgd(ddp)
+    attach(ddp, method, optimizer)
+    before = flat(model.parameters())
+    (0 * ddp(next(data(rank))[0])).sum().backward()
+    first = flat(p.grad for p in model.parameters())
+    optimizer.step()
+    return bool((first == 0).all()) and torch.equal(before, flat(model.parameters()))
+
+
+@pytest.mark.parametrize("method", ALL_METHODS, ids=label)
+def test_gradients_that_are_all_zero(ranks, method):
+    assert all(ranks(2).run(zeros, method))
+
+
+def two_models(rank, n):
+    alone, together = [], []
+    for pair in (False, True):
+        models = [mlp(seed=s) for s in (1, 2)]
+        ddps = [wrap(m) for m in models]
+        methods = [TOPK, BlockSparse(block_size=16)]
+        optimizers = [sgd(d) for d in ddps]
+        for ddp, method in zip(ddps, methods, strict=True):
+            attach(ddp, method)
+        streams = [data(rank, seed=s) for s in (1, 2)]
+        order = [(0, 1)] * 5 if pair else [(0,)] * 5 + [(1,)] * 5
+        for which in order:
+            for i in which:
+                step(ddps[i], optimizers[i], next(streams[i]))
+        (together if pair else alone).extend(flat(m.parameters()) for m in models)
+    return all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_two_models_in_one_process(ranks):
+    assert all(ranks(2).run(two_models))
+
+
+def rebuilt(rank, n):
+    """DDP rearranges its buckets after the first backward pass; residuals must follow their parameters."""
+    outcomes = []
+    for cap in (0.01, 25):
+        model = mlp()
+        ddp = wrap(model, bucket_cap_mb=cap)
+        handle = attach(ddp, NOMINATED)
+        optimizer, batches, layouts = sgd(ddp), data(rank), []
+        for _ in range(4):
+            step(ddp, optimizer, next(batches))
+            layouts.append(frozenset(handle._reducer.memory.residual._flats))
+        outcomes.append((flat(model.parameters()), len(set(layouts))))
+    (few, _), (many, _) = outcomes
+    return torch.equal(few, many), max(changes for _, changes in outcomes)
+
+
+def test_results_do_not_depend_on_buckets(ranks):
+    for equal, layouts in ranks(3).run(rebuilt):
+        assert equal
+        assert layouts > 1, "the buckets never changed, so nothing was tested"
+
+
+def callbacks(rank, n, method):
+    """Fails if a collective is started, or waited for, while a future's callback runs."""
+    import threading
+
+    inside, offences = threading.local(), []
+    future_class = torch.futures.Future
+    then, wait = future_class.then, future_class.wait
+
+    def watched_then(self, callback):
+        def run(future):
+            inside.callback = True
+            try:
+                return callback(future)
+            finally:
+                inside.callback = False
+
+        return then(self, run)
+
+    def forbid(name, function):
+        def call(*args, **kwargs):
+            if getattr(inside, "callback", False):
+                offences.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    names = [x for x in dir(dist) if x.startswith(("all_", "broadcast", "reduce", "send", "recv", "barrier", "gather"))]
+    saved = {name: getattr(dist, name) for name in names}
+    from thinwire import exchange
+
+    gather = exchange._all_gather_single
+    try:
+        future_class.then, future_class.wait = watched_then, forbid("Future.wait", wait)
+        exchange._all_gather_single = forbid("all_gather_single", gather)
+        for name, function in saved.items():
+            setattr(dist, name, forbid(name, function))
+        model = mlp()
+        ddp = wrap(model)
+        optimizer, batches = sgd(ddp), data(rank)
+        attach(ddp, method, optimizer)
+        for _ in range(5):
+            step(ddp, optimizer, next(batches))
+    finally:
+        future_class.then, future_class.wait, exchange._all_gather_single = then, wait, gather
+        for name, function in saved.items():
+            setattr(dist, name, function)
+    return offences
+
+
+@pytest.mark.parametrize("method", ALL_METHODS, ids=label)
+def test_no_collective_inside_a_callback(ranks, method):
+    assert ranks(2).run(callbacks, method) == [[], []]
+
+
+def dead_rows(rank, n, method):
+    """Rows of an embedding that no batch uses must not drift."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(64, 16), torch.nn.Linear(16, 16))
+    before = model[0].weight[32:].detach().clone()
+    ddp = wrap(model)
+    attach(ddp, method)
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(10):
+        optimizer.zero_grad()
+        ddp(torch.randint(0, 32, (8,), generator=generator)).square().mean().backward()
+        optimizer.step()
+    return torch.equal(before, model[0].weight[32:].detach())
+
+
+@pytest.mark.parametrize("method", SOME, ids=label)
+def test_dead_embedding_rows_stay(ranks, method):
+    assert all(ranks(2).run(dead_rows, method))
+
+
+def figures(rank, n, method):
+    ddp = wrap(mlp())
+    handle = attach(ddp, method)
+    optimizer, batches = sgd(ddp), data(rank)
+    for _ in range(5):
+        step(ddp, optimizer, next(batches))
+    return handle.stats(), sum(p.numel() for p in ddp.parameters())
+
+
+def test_stats(ranks):
+    stats, numel = ranks(4).run(figures, BlockSparse("shared", density=0.25, block_size=10, dense_below=0))[0]
+    assert set(stats) == {
+        "steps", "bytes_sent", "bytes_received", "dense_bytes", "compression", "encode_s", "exchange_s", "decode_s"
+    }  # fmt: skip
+    assert stats["steps"] == 5
+    assert stats["dense_bytes"] == pytest.approx(5 * 2 * 3 / 4 * 4 * numel, rel=1e-3)
+    assert stats["compression"] == pytest.approx(4, rel=0.05)
+    assert stats["bytes_sent"] == stats["bytes_received"]
+    assert all(stats[k] > 0 for k in ("encode_s", "exchange_s", "decode_s"))
+
+
+def estimated(rank, n, methods):
+    pairs = []
+    for method in methods:
+        model = mlp()
+        ddp = wrap(model)
+        handle = attach(ddp, method, sgd(ddp))
+        optimizer, batches = sgd(ddp), data(rank)
+        for _ in range(method.warmup_steps + method.ramp_steps):
+            step(ddp, optimizer, next(batches))
+        before = handle.stats()["bytes_sent"]
+        step(ddp, optimizer, next(batches))
+        pairs.append((handle.stats()["bytes_sent"] - before, thinwire.estimate(method, model, n)))
+    return pairs
+
+
+def test_estimate_is_what_is_sent(ranks):
+    for method, (sent, told) in zip(ALL_METHODS, ranks(3).run(estimated, ALL_METHODS)[0], strict=True):
+        if method.selection == "nominated":
+            assert 0.4 * told["bytes_sent"] < sent < 1.15 * told["bytes_sent"], label(method)
+        else:
+            assert sent == pytest.approx(told["bytes_sent"], rel=0.05), label(method)

@@ -1,0 +1,170 @@
+"""What is not sent is kept, exactly; and the control variate finds the optimum where no memory stalls."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import ALL_METHODS, attach, data, flat, label, local_gradient, mlp, sgd, step, wrap
+from thinwire import BlockSparse
+
+WITH_FEEDBACK = [m for m in ALL_METHODS if m.memory == "error_feedback"]
+
+
+def mass(handle, model, key="residual"):
+    state = handle.state_dict()["memory"][key]
+    names = [name for name, _ in model.named_parameters()]
+    return torch.cat([state[name].to(torch.float64) for name in names]) if state else 0.0
+
+
+def conserve(rank, n, method, steps=12):
+    """Per step: sum over ranks of (gradient + old residual) against n * result + sum of new residuals."""
+    model = mlp()
+    ddp = wrap(model)
+    handle = attach(ddp, method, sgd(ddp))
+    batches, errors = data(rank), []
+    for _ in range(steps):
+        x, y = next(batches)
+        before = mass(handle, model) + torch.zeros(1, dtype=torch.float64)
+        brought = before + flat(local_gradient(model, (x, y)))
+        if method.momentum:
+            brought = brought + method.momentum * mass(handle, model, "velocity")
+        model.zero_grad()
+        ((ddp(x) - y) ** 2).mean().backward()
+        kept = mass(handle, model)
+        both = torch.stack([brought, kept])
+        dist.all_reduce(both)
+        result = n * flat(p.grad for p in model.parameters())
+        errors.append(((both[1] + result - both[0]).abs().max() / both[0].abs().max()).item())
+    return errors
+
+
+@pytest.mark.parametrize("method", WITH_FEEDBACK, ids=label)
+def test_error_feedback_conserves(ranks, method):
+    """To rounding of the float32 sums: nothing is lost at any wire dtype, nothing is sent twice."""
+    for errors in ranks(3).run(conserve, method):
+        assert max(errors) < 1e-6
+
+
+def exact_values(rank, n, method):
+    """With integers as gradients every sum is exact, so conservation must be too."""
+    model = torch.nn.Linear(64, 64, bias=False)
+    ddp = wrap(model)
+    handle = attach(ddp, method, sgd(ddp))
+    generator = torch.Generator().manual_seed(rank)
+    kept = torch.zeros(64 * 64)
+    for _ in range(6):
+        gradient = torch.randint(-99, 100, (64, 64), generator=generator).float()
+        model.zero_grad()
+        (ddp(torch.eye(64)).t() * gradient).sum().backward()
+        brought = kept + gradient.flatten()
+        kept = handle.state_dict()["memory"]["residual"]["weight"]
+        both = torch.stack([brought, kept])
+        dist.all_reduce(both)
+        if not torch.equal(both[1] + n * model.weight.grad.flatten(), both[0]):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("wire_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("selection", ["independent", "permuted", "shared", "topk", "nominated"])
+def test_error_feedback_conserves_exactly(ranks, selection, wire_dtype):
+    method = BlockSparse(selection, density=0.1, memory="error_feedback", wire_dtype=wire_dtype)
+    assert all(ranks(2).run(exact_values, method))
+
+
+def momentum_by_method(rank, n, method):
+    finals = []
+    for mine in (method, None):
+        model = mlp()
+        ddp = wrap(model)
+        optimizer = sgd(ddp, momentum=0.0 if mine else 0.9)
+        if mine:
+            attach(ddp, mine, optimizer)
+        batches = data(rank)
+        for _ in range(20):
+            step(ddp, optimizer, next(batches))
+        finals.append(flat(model.parameters()))
+    return finals
+
+
+def test_momentum_correction_of_whole_gradients_is_momentum_sgd(ranks):
+    method = BlockSparse("topk", density=1.0, momentum=0.9)
+    ours, plain = ranks(2).run(momentum_by_method, method)[0]
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def masked(rank, n):
+    model = mlp(layers=2)
+    ddp = wrap(model)
+    handle = attach(ddp, BlockSparse("topk", density=0.1, block_size=16, momentum=0.9), sgd(ddp))
+    x, y = next(data(rank))
+    ((ddp(x) - y) ** 2).mean().backward()
+    state = handle.state_dict()["memory"]
+    return all(torch.equal(state["residual"][k] == 0, state["velocity"][k] == 0) for k in ("0.weight", "2.weight"))
+
+
+def test_momentum_is_cleared_where_a_block_was_sent(ranks):
+    assert all(ranks(2).run(masked))
+
+
+class Quadratic(torch.nn.Module):
+    """x with f_i(x) = |A_i x - b_i|^2 / 2 in float64: the ranks' optima differ, their mean's is computable."""
+
+    def __init__(self, rank, n, d=64):
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.zeros(d, dtype=torch.float64))
+        generator = torch.Generator().manual_seed(7)
+        scale = 0.5 + torch.rand(n, d, generator=generator, dtype=torch.float64)
+        centre = torch.randn(n, d, generator=generator, dtype=torch.float64)
+        self.optimum = (scale * centre).sum(0) / scale.sum(0)
+        self.scale, self.centre = scale[rank], centre[rank]
+
+    def forward(self):
+        return 0.5 * (self.scale * (self.x - self.centre) ** 2).sum()
+
+
+def distance_to_optimum(rank, n, method, steps=900):
+    model = Quadratic(rank, n)
+    ddp = wrap(model)
+    attach(ddp, method)
+    optimizer = sgd(ddp, lr=0.15)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ddp().backward()
+        optimizer.step()
+    return (model.x.detach() - model.optimum).norm().item()
+
+
+@pytest.mark.parametrize("selection", ["independent", "permuted", "shared"])
+@pytest.mark.parametrize("wire_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_control_variate_reaches_the_optimum_where_no_memory_stalls(ranks, selection, wire_dtype):
+    def method(memory):
+        return BlockSparse(selection, memory=memory, block_size=4, dense_below=0, wire_dtype=wire_dtype)
+
+    assert max(ranks(4).run(distance_to_optimum, method("control_variate"))) < 1e-10
+    if selection != "shared":  # a shared mask's variance is of the mean gradient, which vanishes at the optimum
+        assert min(ranks(4).run(distance_to_optimum, method("none"))) > 1e-2
+
+
+def one_buffer(rank, n):
+    """Bytes of all tensors that the handle keeps, against the gradient's."""
+    model = mlp(width=64)
+    ddp = wrap(model)
+    handle = attach(ddp, BlockSparse("topk", density=0.05))
+    batches = data(rank, width=64)
+    for _ in range(3):
+        step(ddp, sgd(ddp), next(batches))
+    kept = sum(
+        f.numel() * f.element_size() for s in handle._reducer.memory.stores().values() for f in s._flats.values()
+    )
+    views = {
+        v.untyped_storage().data_ptr() for s in handle._reducer.memory.stores().values() for v in s._views.values()
+    }
+    flats = {
+        f.untyped_storage().data_ptr() for s in handle._reducer.memory.stores().values() for f in s._flats.values()
+    }
+    return kept, sum(p.numel() * p.element_size() for p in model.parameters()), views == flats
+
+
+def test_error_feedback_keeps_one_buffer_of_the_gradients_size(ranks):
+    for kept, gradient, no_others in ranks(2).run(one_buffer):
+        assert kept == gradient and no_others
