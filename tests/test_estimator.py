@@ -51,11 +51,11 @@ def test_unbiased_with_the_papers_variance(selection, alike):
 def test_control_variate_is_unbiased_whatever_it_holds(selection):
     g = gradients(alike=False)
     total = torch.zeros(D, dtype=torch.float64)
-    for number in range(DRAWS):
+    for number in range(800):
         ranks = Simulated(method(selection, memory="control_variate"), N)
         ranks.step(2 * g.roll(1, dims=1), 10**6 + number)  # fills h with something else
         total += ranks.step(g, number)[0]
-    assert (total / DRAWS - g.mean(0)).abs().max() < 0.25
+    assert (total / 800 - g.mean(0)).abs().max() < 0.5
 
 
 def test_independent_masks_overlap_by_tau_and_no_more():

@@ -83,7 +83,7 @@ class HookState(Handle):
         encoded = self._reducer.encode(flat, names, numels, step, self._gather_now)
         sending = time.perf_counter()
         exchange = self._owners if encoded.choice.common else self._all_gather
-        flight = exchange.start(encoded.payload, encoded.wire, wide(flat.dtype))
+        flight = exchange.start(encoded.payload, encoded.wire, encoded.choice.slots, wide(flat.dtype))
         encoded.prepare()
         stats.encode_s += sending - begin
         stats.count_bytes(flight.bytes_sent)
@@ -92,7 +92,8 @@ class HookState(Handle):
         def decode(future):
             future.value()  # raises if the collective failed; what it holds differs between backends
             arriving = time.perf_counter()
-            self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), flight.lost)
+            lost = None if flight.lost is None else (flight.owned[self._group.rank()], flight.lost)
+            self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), lost)
             stats.exchange_s += arriving - sending
             stats.decode_s += time.perf_counter() - arriving
             return flat

@@ -22,13 +22,15 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     slots = Layout(names, numels, method.block_size).slots(method.counts_at(step, world_size, numels))
     peers, width = world_size - 1, method.wire_dtype.itemsize
     narrow = [p.element_size() if method.memory == "none" else width for p in parameters]
-    offsets = slots.offsets
-    values = sum((offsets[i + 1] - offsets[i]) * min(width, narrow[i]) for i in range(len(names)))
+    sizes = [end - begin for begin, end in zip(slots.offsets, slots.offsets[1:])]
+    widths = [min(width, n) for n in narrow]
+    values = sum(size * w for size, w in zip(sizes, widths))
+    owned = sum(-(-size // world_size) * w for size, w in zip(sizes, widths))
     sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
     if all(slots.whole) or method.selection == "shared":
-        sent = 2 * peers * values / world_size
+        sent = 2 * peers * owned
     elif method.selection == "nominated":
-        sent = 2 * peers * values / world_size + 4 * peers * sparse / world_size
+        sent = 2 * peers * owned + 4 * peers * sparse / world_size
     else:
         sent = peers * (values + 4 * sparse * (method.selection == "topk"))
     dense = ring_all_reduce_bytes(sum(p.numel() * p.element_size() for p in parameters), world_size)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from thinwire.blocks import Slots
 from thinwire.wire import Arrived, Payload, Wire
 
 # torch 2.13 renames it and warns of the old name.
@@ -19,14 +20,17 @@ _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_ten
 class InFlight:
     """A collective under way: its future, its messages [R, bytes] once that is done, and the bytes a rank sends.
 
-    lost: first position and values of what this rank's part of the sum lost to the wire dtype, or None.
+    numel: elements of the payload. owned: int64 [R, part], which positions of the payload each rank owns, or None.
+    lost: what this rank's part of the sum lost to the wire dtype, [part], or None.
     """
 
     future: torch.futures.Future
     messages: torch.Tensor
     like: Payload
     bytes_sent: int
-    lost: tuple[int, torch.Tensor] | None = None
+    numel: int
+    owned: torch.Tensor | None = None
+    lost: torch.Tensor | None = None
 
 
 class AllGather:
@@ -35,12 +39,12 @@ class AllGather:
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
 
-    def start(self, payload: Payload, wire: Wire, wide: torch.dtype) -> InFlight:
+    def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
         n = self.group.size()
         message = wire.message(payload)
         messages = message.new_empty(n, message.numel())
         work = _all_gather_single(messages.view(-1), message, group=self.group, async_op=True)
-        return InFlight(work.get_future(), messages, payload, (n - 1) * message.numel())
+        return InFlight(work.get_future(), messages, payload, (n - 1) * message.numel(), slots.numel)
 
     def collect(self, flight: InFlight, wire: Wire) -> Arrived:
         return wire.parse(flight.messages, flight.like)
@@ -49,44 +53,52 @@ class AllGather:
 class OwnerExchange:
     """An all-reduce with sums in float32 (``wide``) and in rank order: for blocks common to all ranks.
 
-    Each rank owns one n-th of the payload. An all-to-all brings it every rank's version of that part, it adds them,
-    and an all-gather brings the sums to all: the bytes of a ring all-reduce, in a 16-bit dtype as well, and the same
-    bits however the payload is divided. The all-to-all is waited for in the hook's body.
+    Each rank owns one n-th of what every parameter sends. An all-to-all brings it every rank's version of that part,
+    it adds them, and an all-gather brings the sums to all: the bytes of a ring all-reduce, in a 16-bit dtype as well,
+    and the same bits however parameters are put into buckets. The all-to-all is waited for in the hook's body.
     """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
 
-    def start(self, payload: Payload, wire: Wire, wide: torch.dtype) -> InFlight:
-        n, rank = self.group.size(), self.group.rank()
-        part = -(-payload.values.numel() // n)
-        parts = payload.values.new_zeros(n * part)
-        parts[: payload.values.numel()] = payload.values
-        outgoing = torch.stack([wire.message(Payload(values, payload.scale)) for values in parts.view(n, part)])
+    def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
+        n = self.group.size()
+        owned = _ownership(slots, n).to(payload.values.device)
+        padded = torch.cat([payload.values, payload.values.new_zeros(1)])
+        outgoing = torch.stack([wire.message(Payload(part, payload.scale)) for part in padded[owned]])
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
-        total = _sum_in_rank_order(wire.parse(incoming, Payload(parts[:part], payload.scale)), wide)
+        like = Payload(payload.values.new_empty(owned.shape[1]), payload.scale)
+        total = _sum_in_rank_order(wire.parse(incoming, like), wide)
         result = wire.pack(total)
         message = wire.message(result)
         messages = message.new_empty(n, message.numel())
         work = _all_gather_single(messages.view(-1), message, group=self.group, async_op=True)
         sent = (n - 1) * (outgoing.shape[1] + message.numel())
-        lost = None
-        if wire.dtype != total.dtype:
-            begin, end = (min(r * part, payload.values.numel()) for r in (rank, rank + 1))
-            error = total - wire.unpack(result, total.dtype)
-            lost = (begin, error[: end - begin])
-        like = Payload(payload.values, None if payload.scale is None else result.scale)
-        return InFlight(work.get_future(), messages, like, sent, lost)
+        lost = None if wire.dtype == total.dtype else total - wire.unpack(result, total.dtype)
+        return InFlight(work.get_future(), messages, like, sent, slots.numel, owned, lost)
 
     def collect(self, flight: InFlight, wire: Wire) -> Arrived:
-        n = self.group.size()
-        part = -(-flight.like.values.numel() // n)
-        parts = wire.parse(flight.messages, Payload(flight.like.values.new_empty(part), flight.like.scale))
+        parts = wire.parse(flight.messages, flight.like)
         values = parts.values
         if parts.inverses is not None:
             values = values.to(torch.float32) * parts.inverses[:, None]
-        return Arrived(values.reshape(1, -1)[:, : flight.like.values.numel()])
+        payload = values.new_empty(flight.numel + 1)  # the last takes the padding
+        payload[flight.owned] = values
+        return Arrived(payload[None, : flight.numel])
+
+
+def _ownership(slots: Slots, n: int) -> torch.Tensor:
+    """int64 [n, part]: the positions in the payload that each rank owns; beyond the last one where there are fewer.
+
+    Per parameter, so that which rank keeps a rounding error does not depend on what else is in the bucket.
+    """
+    begin = torch.tensor(slots.offsets)
+    part = -((begin[:-1] - begin[1:]) // n)
+    row = torch.arange(len(part)).repeat_interleave(part)
+    within = torch.arange(len(row)) - (part.cumsum(0) - part)[row]
+    position = begin[row] + within + torch.arange(n)[:, None] * part[row]
+    return position.where(position < begin[row + 1], begin[-1])
 
 
 def gather_now(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

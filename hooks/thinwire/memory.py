@@ -36,7 +36,7 @@ class Sum:
 
     to_mean and to_estimate are [S]: they turn the sum into the mean of what was sent, and into the estimate of the
     mean gradient (the same unless the method is unbiased: papers' 1 / (n tau)). lost is what the exchange rounded
-    off the sum and this rank answers for: values and their positions in the payload, or None.
+    off the sum and this rank answers for: positions in the payload (its length is none) and values, or None.
     """
 
     arrived: Arrived
@@ -44,7 +44,7 @@ class Sum:
     rows: torch.Tensor
     to_mean: torch.Tensor
     to_estimate: torch.Tensor
-    lost: tuple[int, torch.Tensor] | None = None
+    lost: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class NoMemory:
@@ -217,9 +217,10 @@ def _scatter(arrived, rows, slots, factors, out, accumulate=False):
 
 def _add_lost(memory, choice, lost, good, sign):
     """Give what the exchange rounded off to the memory of the rank that answers for that part of the payload."""
-    position, values = lost
-    payload = torch.zeros(1, choice.slots.numel, dtype=values.dtype, device=values.device)
-    payload[0, position : position + values.numel()] = _zero_unless(good, values)
+    positions, values = lost
+    payload = torch.zeros(choice.slots.numel + 1, dtype=values.dtype, device=values.device)
+    payload[positions] = _zero_unless(good, values)
+    payload = payload[None, :-1]
     factors = torch.full((len(choice.slots.counts),), sign, dtype=memory.dtype, device=memory.device)
     _scatter(Arrived(payload), choice.own[None], choice.slots, factors, memory, accumulate=True)
 

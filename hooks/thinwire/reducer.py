@@ -64,7 +64,7 @@ class Reducer:
         payload.indices = choice.indices
         return Encoded(reading, choice, payload, wire)
 
-    def decode(self, encoded: Encoded, arrived: Arrived, lost: tuple[int, torch.Tensor] | None = None,
+    def decode(self, encoded: Encoded, arrived: Arrived, lost: tuple[torch.Tensor, torch.Tensor] | None = None,
                over: tuple[Slots, torch.Tensor] | None = None, divide_by: float | None = None) -> None:  # fmt: skip
         """Write the averaged gradient over the flat one, and settle the memory.
 

@@ -126,7 +126,7 @@ def _squared_norms(piece, block_size):
     padded = piece.new_zeros(blocks, -(-block_size // LANES) * LANES)
     padded[:, :block_size] = flat.view(blocks, block_size)
     lanes = piece.new_zeros(blocks, LANES)
-    for column in padded.view(blocks, -1, LANES).unbind(1):
+    for column in padded.view(blocks, padded.shape[1] // LANES, LANES).unbind(1):
         lanes = lanes + column * column
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half:]

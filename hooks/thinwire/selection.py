@@ -112,7 +112,7 @@ class Nominated:
 
     def choose(self, q: Question) -> Choice:
         layout = q.slots.layout
-        quotas = torch.tensor([_deal(q, rank) for rank in range(q.world_size)])
+        quotas = _quotas(q)
         mine = layout.slots(tuple(quotas[q.rank].tolist()))
         first = torch.tensor(layout.first_blocks[:-1], device=q.device).repeat_interleave(quotas[q.rank].to(q.device))
         named = torch.full((int(quotas.sum(1).max()),), -1, dtype=torch.int32, device=q.device)
@@ -144,13 +144,12 @@ def _heaviest(norms, slots, device):
     return chosen
 
 
-def _deal(q, rank):
-    """How many blocks of each parameter the rank names."""
-    quotas = []
-    for count, whole, unit in zip(q.slots.counts, q.slots.whole, q.slots.layout.units.tolist(), strict=True):
-        turn = (rank - unit - q.step) % q.world_size
-        quotas.append(0 if whole else count // q.world_size + (turn < count % q.world_size))
-    return quotas
+def _quotas(q):
+    """int64 [world_size, S]: how many blocks of each parameter each rank names; together, its count."""
+    counts = torch.tensor(q.slots.counts).where(~torch.tensor(q.slots.whole), torch.tensor(0))
+    ranks = torch.arange(q.world_size)[:, None]
+    turns = (ranks - q.slots.layout.units % q.world_size - q.step) % q.world_size
+    return counts // q.world_size + (turns < counts % q.world_size)
 
 
 def _sparse_slots(slots):
