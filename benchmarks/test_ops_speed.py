@@ -1,0 +1,114 @@
+"""The operators' speed against that of plain PyTorch operators, measured side by side in one run.
+
+Each pair is timed in turns and the fastest of many turns counts, because that is what other work on the machine
+disturbs least. The ratio and its target are printed and stored; a miss is a number to look at and fails nothing.
+"""
+import time
+
+import pytest
+import torch
+
+from thinwire import ops
+from thinwire.blocks import Layout
+
+NUMEL = 6_500_000
+pytestmark = pytest.mark.skipif(not ops.native("cpu"), reason=f"no compiled operators: {ops.why_not_native()}")
+
+
+def fastest_of_each(functions, seconds=3.0):
+    """Seconds that each function takes, the functions called in turns."""
+    best = [float("inf")] * len(functions)
+    end = time.perf_counter() + seconds
+    turns = 0
+    while turns < 5 or time.perf_counter() < end:
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            best[i] = min(best[i], time.perf_counter() - start)
+        turns += 1
+    return best
+
+
+def report(benchmark, what, ours, theirs, target):
+    """target: the ratio ours / theirs that we want to stay below."""
+    ratio = ours / theirs
+    benchmark.extra_info.update(ours_ms=1e3 * ours, theirs_ms=1e3 * theirs, ratio=ratio, target=target)
+    print(f"\n{what}: {1e3 * ours:.2f} ms against {1e3 * theirs:.2f} ms, ratio {ratio:.3f}, target {target:.3f}")
+    assert 0 < ratio < 100
+
+
+def problem(block_size, density):
+    layout = Layout(("weight", "other", "bias"), (NUMEL * 3 // 4, NUMEL // 4 - 1000, 1000), block_size)
+    slots = layout.slots(tuple(max(1, round(density * blocks)) for blocks in layout.blocks))
+    norms, status = torch.empty(layout.first_blocks[-1]), torch.empty(4, dtype=torch.int32)
+    return layout, slots, norms, status
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_accumulate(benchmark, block_size):
+    layout, slots, norms, status = problem(block_size, 0.01)
+    residual, grad = torch.zeros(layout.numel), torch.randn(layout.numel)
+    plain = torch.zeros(layout.numel)
+
+    def ours():
+        ops.accumulate_(residual, None, grad, 0.0, slots.table, block_size, norms, status)
+
+    def theirs():
+        torch.add(plain, grad, out=plain)
+
+    benchmark.pedantic(ours, rounds=5)
+    report(benchmark, f"accumulate_, blocks of {block_size}, against torch.add", *fastest_of_each([ours, theirs]), 1.3)
+
+
+def test_topk_encode(benchmark):
+    layout, slots, norms, status = problem(64, 0.01)
+    residual, grad = torch.zeros(layout.numel), torch.randn(layout.numel)
+    chosen, payload = torch.empty(slots.total, dtype=torch.int64), torch.empty(slots.numel)
+
+    def ours():
+        ops.accumulate_(residual, None, grad, 0.0, slots.table, 64, norms, status)
+        ops.select_blocks(norms, slots.table, 64, chosen)
+        ops.take_blocks_(residual, chosen, slots.table, 64, status, None, payload)
+
+    def theirs():
+        torch.topk(grad.abs(), NUMEL // 100)
+
+    benchmark.pedantic(ours, rounds=5)
+    report(benchmark, "top-k encode against torch.topk", *fastest_of_each([ours, theirs]), 0.1)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.25])
+def test_scatter(benchmark, density):
+    ranks = 4
+    layout, slots, *_ = problem(64, density)
+    chosen = torch.empty(ranks, slots.total, dtype=torch.int64)
+    ops.draw_blocks(slots.table, layout.units, 64, 1, 2, range(ranks), [0] * ranks, chosen)
+    payloads, out, factors = torch.randn(ranks, slots.numel), torch.empty(layout.numel), torch.ones(3)
+    copies = torch.empty_like(payloads)
+
+    def ours():
+        ops.scatter_blocks_(payloads, None, chosen, slots.table, 64, factors, False, out)
+
+    def theirs():
+        out.zero_()
+        copies.copy_(payloads)
+
+    benchmark.pedantic(ours, rounds=5)
+    report(benchmark, f"scatter_blocks_ of 4 payloads, density {density}, against zero_ and copy_",
+           *fastest_of_each([ours, theirs]), 1.5)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_draw(benchmark, rows):
+    layout, slots, *_ = problem(64, 0.125)
+    chosen = torch.empty(rows, slots.total, dtype=torch.int64)
+
+    def ours():
+        ops.draw_blocks(slots.table, layout.units, 64, 1, 2, range(rows), [0] * rows, chosen)
+
+    def theirs():
+        for _ in range(rows):
+            torch.randperm(layout.first_blocks[-1])
+
+    benchmark.pedantic(ours, rounds=5)
+    report(benchmark, f"draw_blocks of {rows} rows against torch.randperm", *fastest_of_each([ours, theirs]), 1.0)
