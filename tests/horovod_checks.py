@@ -1,0 +1,882 @@
+"""Checks of the Horovod compressor, run on every rank by ``horovodrun``; tests/test_horovod.py launches this file.
+
+usage: python horovod_checks.py DIRECTORY [NAME ...]     each rank writes DIRECTORY/RANK.jsonl, a line a check
+"""
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import models
+import thinwire
+import torch
+from thinwire import BlockSparse, Dense, ops
+from thinwire.blocks import Layout
+
+try:
+    import horovod.torch as hvd
+except ImportError:
+    hvd = None
+
+CHECKS = {}  # name: (function, numbers of ranks)
+
+MEMORIES = {
+    "independent": ("none", "error_feedback", "control_variate"),
+    "permuted": ("none", "error_feedback", "control_variate"),
+    "shared": ("none", "error_feedback", "control_variate"),
+    "nominated": ("none", "error_feedback"),
+}
+DENSITIES = {"independent": None, "permuted": None, "shared": 0.3, "nominated": 0.2}
+
+
+WIDTH = 24
+
+
+def small(layers=3, seed=0):
+    return models.mlp(WIDTH, layers, seed=seed)
+
+
+def data(seed=0):
+    """This rank's batches."""
+    return models.data(hvd.rank(), WIDTH, seed=seed)
+
+
+def method(selection, memory, wire_dtype=torch.float32, **options):
+    options = {"density": DENSITIES[selection], "block_size": 16, "dense_below": 20} | options
+    return BlockSparse(selection, memory=memory, wire_dtype=wire_dtype, **options)
+
+
+EACH = [method(selection, memory) for selection, memories in MEMORIES.items() for memory in memories]
+EACH_HALF = [method(m.selection, m.memory, torch.float16) for m in EACH]
+ONE_EACH = [method(selection, memories[-1]) for selection, memories in MEMORIES.items()]
+ONE_EACH_HALF = [method(m.selection, m.memory, torch.float16) for m in ONE_EACH]
+WITH_FEEDBACK = [m for m in EACH if m.memory == "error_feedback"]
+
+
+def label(method):
+    if isinstance(method, Dense):
+        return "dense"
+    options = [option for option in ("momentum", "warmup_steps") if getattr(method, option)]
+    return "-".join([models.label(method), *options])
+
+
+def check(*methods, ranks=(2, 3)):
+    """Make a function a check, or one check for each of the methods that it is to be given."""
+
+    def register(function):
+        if not methods:
+            CHECKS[function.__name__] = (function, ranks)
+        for one in methods:
+            name = f"{function.__name__}-{label(one)}"
+            CHECKS[name] = (lambda one=one: function(one), (*CHECKS.get(name, (None, ()))[1], *ranks))
+        return function
+
+    return register
+
+
+class Recorder(thinwire.horovod.Compressor if hvd else object):
+    """The compressor, keeping the sizes of what it gives Horovod."""
+
+    def compress(self, tensor):
+        values, context = super().compress(tensor)
+        self.__dict__.setdefault("sizes", {})[context.name] = values.numel()
+        return values, context
+
+
+def setup(model, method, lr=0.05, momentum=0.0, process_set=None, inner=None, recorder=None, **options):
+    """Optimizer and compressor as a user makes them; method None: Horovod without a compressor."""
+    sets = {} if process_set is None else {"process_set": process_set}
+    optimizer = models.sgd(model, lr, momentum)
+    if method is None:
+        return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **options, **sets), None
+    inner = {"optimizer": optimizer} if method.describe().get("momentum", "0.0") != "0.0" else {}
+    compressor = (recorder or thinwire.horovod.Compressor)(model.named_parameters(), method, **inner, **sets)
+    return hvd.DistributedOptimizer(
+        optimizer, named_parameters=model.named_parameters(), compression=compressor, **options, **sets
+    ), compressor
+
+
+def loss_of(model, batch):
+    x, y = batch
+    return ((model(x) - y) ** 2).mean()
+
+
+def train(method, steps, model=None, passes=1, seed=0, **options):
+    """Returns (model, compressor) after some steps."""
+    model = small() if model is None else model
+    optimizer, compressor = setup(model, method, backward_passes_per_step=passes, **options)
+    batches = data(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(passes):
+            loss_of(model, next(batches)).backward()
+        optimizer.step()
+    return model, compressor
+
+
+def everyone(tensor, process_set=None):
+    """The tensor of every rank, stacked, by plain Horovod."""
+    sets = {} if process_set is None else {"process_set": process_set}
+    return hvd.allgather(tensor.detach()[None].contiguous(), name="checks.everyone", **sets)
+
+
+def same_everywhere(model, process_set=None):
+    flat = models.flat(model.parameters())
+    assert torch.isfinite(flat).all()
+    rows = everyone(flat, process_set)
+    return all(torch.equal(rows[0], row) for row in rows)
+
+
+def gap(one, other):
+    """Largest difference between two models' parameters."""
+    return float((models.flat(one.parameters()) - models.flat(other.parameters())).abs().max())
+
+
+def local_gradients(model, batch):
+    return dict(zip([name for name, _ in model.named_parameters()], models.local_gradient(model, batch), strict=True))
+
+
+def averaged(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def residuals(compressor, model):
+    """Residual of each parameter, zero where there is none yet."""
+    held = compressor.state_dict()["memory"]["residual"]
+    return {n: held.get(n, torch.zeros(p.numel())).view(p.shape) for n, p in model.named_parameters()}
+
+
+def raised(kind, function, *mentions):
+    """The function raises this kind of error, which mentions these things, on this rank; returns the message."""
+    try:
+        function()
+    except kind as error:
+        for mention in mentions:
+            assert mention in str(error), f"{mention!r} not in {error}"
+        return str(error)
+    raise AssertionError(f"nothing was raised; {kind.__name__} was expected")
+
+
+def close(one, other, tolerance=1e-5):
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+# ---- training ----
+
+
+@check(*EACH, *EACH_HALF, method("nominated", "error_feedback", momentum=0.9, warmup_steps=2, ramp_steps=4, seed=3))
+def replicas(method):
+    """The same bits on all ranks, and the loss on other data falls."""
+    steps = 16 if hvd.size() == 2 and method.wire_dtype == torch.float32 else 6
+    model, compressor = train(method, steps, lr=0.3)
+    assert same_everywhere(model)
+    other = data(seed=1)
+    x, y = (torch.cat(tensors) for tensors in zip(*(next(other) for _ in range(50)), strict=True))
+    assert loss_of(model, (x, y)) < 0.995 * loss_of(small(), (x, y))
+    assert compressor.stats()["steps"] == steps
+
+
+@check()
+def drop_in_as_users_write_it():
+    model = small(seed=hvd.rank())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=model.named_parameters(),
+        compression=thinwire.horovod.Compressor(model.named_parameters(), BlockSparse(selection="nominated")),
+    )
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    batches = data()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(model, next(batches)).backward()
+        optimizer.step()
+    assert same_everywhere(model)
+
+
+@check(*[method(m.selection, m.memory, density=1.0) for m in EACH], Dense(), ranks=(2,))
+def density_one_is_plain_horovod(method):
+    for op in (hvd.Average, hvd.Sum):
+        plain, _ = train(None, 4, op=op)
+        assert gap(train(method, 4, op=op)[0], plain) < 1e-5
+        assert gap(small(), plain) > 1e-3
+
+
+@check(*[method(m.selection, m.memory, warmup_steps=3) for m in ONE_EACH], ranks=(2,))
+def warm_up_is_plain_horovod(method):
+    assert gap(train(method, 3)[0], train(None, 3)[0]) < 1e-5
+    assert gap(train(method, 6)[0], train(None, 6)[0]) > 1e-4
+
+
+@check(*EACH, ranks=(2,))
+@check(*ONE_EACH_HALF)
+def sum_is_n_times_average(method):
+    n = hvd.size()
+    average = train(method, 3, lr=0.25, op=hvd.Average)[0]
+    summed = train(method, 3, lr=0.25 / n, op=hvd.Sum)[0]
+    exact = n == 2 and method.wire_dtype == torch.float32
+    assert gap(average, summed) <= (0.0 if exact else 1e-4 if method.wire_dtype == torch.float32 else 2e-2)
+
+
+@check(*ONE_EACH, ranks=(2,))
+def gradient_predivide_factor(method):
+    divided = train(method, 4, gradient_predivide_factor=3.0)[0]
+    assert gap(train(method, 4)[0], divided) < 1e-5
+    assert same_everywhere(divided)
+
+
+@check(*ONE_EACH, ranks=(2,))
+def backward_passes_per_step(method):
+    """Two backward passes add up to one local gradient: as one pass over the sum of their losses."""
+    model, _ = train(method, 4, passes=2)
+    assert same_everywhere(model)
+    other = small()
+    optimizer, _ = setup(other, method)
+    batches = data()
+    for _ in range(4):
+        optimizer.zero_grad()
+        (loss_of(other, next(batches)) + loss_of(other, next(batches))).backward()
+        optimizer.step()
+    assert gap(model, other) < 1e-4
+
+
+@check(*ONE_EACH, ranks=(2,))
+def groups(method):
+    plain = train(method, 4)[0]
+    for how in ("number", "lists"):
+        model = small()
+        parameters = list(model.parameters())
+        grouped = train(method, 4, model, groups=2 if how == "number" else [parameters[:3], parameters[3:5]])[0]
+        assert same_everywhere(grouped)
+        assert gap(plain, grouped) == 0.0
+
+
+@check(*ONE_EACH, ranks=(2,))
+def two_models(method):
+    """Two models and optimizers, whose backward passes are interleaved, train as each does alone."""
+    pair = [torch.nn.ModuleDict({name: small(2, seed)}) for seed, name in enumerate("ab")]
+    optimizers = [setup(model, method)[0] for model in pair]
+    streams = [data(seed) for seed in range(2)]
+    for _ in range(6):
+        losses = []
+        for model, optimizer, batches in zip(pair, optimizers, streams, strict=True):
+            optimizer.zero_grad()
+            losses.append(loss_of(next(iter(model.values())), next(batches)))
+        sum(losses).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for seed, (model, name) in enumerate(zip(pair, "ab", strict=True)):
+        alone = torch.nn.ModuleDict({name: small(2, seed)})
+        optimizer, _ = setup(alone, method)
+        batches = data(seed)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_of(alone[name], next(batches)).backward()
+            optimizer.step()
+        assert same_everywhere(model)
+        assert gap(model, alone) == 0.0
+
+
+@check(*ONE_EACH, ranks=(2,))
+def clipping(method):
+    model = small()
+    optimizer, _ = setup(model, method)
+    batches = data()
+    for _ in range(4):
+        optimizer.zero_grad()
+        (100 * loss_of(model, next(batches))).backward()
+        optimizer.synchronize()
+        assert float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)) > 0.5
+        assert float(models.flat(p.grad for p in model.parameters()).norm()) < 0.5001
+        before = models.flat(model.parameters())
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        assert abs(float((models.flat(model.parameters()) - before).norm()) - 0.05 * 0.5) < 1e-3
+    assert same_everywhere(model)
+
+
+@check(*ONE_EACH, ranks=(3,))
+def process_set_of_two(method):
+    pair = PAIR
+    if not pair.included():
+        model = small()
+        optimizer, compressor = setup(model, method, process_set=pair)
+        raised(RuntimeError, compressor.state_dict, "not in")
+        return
+    model, compressor = train(method, 5, process_set=pair)
+    assert same_everywhere(model, pair)
+    plain = train(None, 5, process_set=pair)[0]
+    assert 1e-4 < gap(plain, model) < 1.0
+    dense = train(Dense(), 5, process_set=pair)[0]
+    assert gap(plain, dense) < 1e-5
+    assert compressor.state_dict()["world_size"] == 2
+
+
+@check(ranks=(3,))
+def process_set_given_to_one_of_them():
+    """A compressor that would wait for ranks outside the optimizer's process set says so."""
+    model = small(2)
+    compressor = thinwire.horovod.Compressor(model.named_parameters(), BlockSparse())
+    optimizer = hvd.DistributedOptimizer(
+        models.sgd(model), model.named_parameters(), compression=compressor, process_set=PAIR
+    )
+    if PAIR.included():
+        raised(ValueError, loss_of(model, next(data())).backward, "process_set", "both the same")
+    del optimizer
+
+
+# ---- what is averaged ----
+
+
+@check(*[method(s, m, wire_dtype=w) for s in ("independent", "permuted") for m in ("none", "error_feedback")
+         for w in (torch.float32, torch.float16)])  # fmt: skip
+def union_by_hand(method):
+    """Horovod is given the union's blocks, and the result is the ranks' own blocks added up and scaled."""
+    n, model = hvd.size(), models.mlp(37, 3)
+    optimizer, compressor = setup(model, method, lr=0.0, recorder=Recorder)
+    batches = models.data(hvd.rank(), 37)
+    waiting = {name: torch.zeros(n, p.numel()) for name, p in model.named_parameters()}
+    some_gap = False
+    for step in range(3):
+        batch = next(batches)
+        mine = local_gradients(model, batch)
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.synchronize()
+        for name, parameter in model.named_parameters():
+            blocks, masks, share = drawn(name, parameter.numel(), method, step, n)
+            gradients = everyone(mine[name].reshape(-1))
+            if method.memory == "error_feedback":
+                share, gradients = 1.0, gradients + waiting[name]
+                waiting[name] = gradients * ~masks
+            expected = (gradients * masks / share).sum(0) / n
+            close(parameter.grad.reshape(-1), expected, 1e-6 if method.wire_dtype == torch.float32 else 2e-3)
+            union = blocks.unique().numel()
+            total = -(-parameter.numel() // method.block_size)
+            some_gap |= union < total
+            assert compressor.sizes[name] == (parameter.numel() if union == total else union * method.block_size)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert some_gap or method.selection == "permuted"
+
+
+def drawn(name, numel, method, step, n):
+    """Blocks [n, K] that the ranks draw of one parameter, their elements as masks [n, N], and their share."""
+    layout = Layout((name,), (numel,), method.block_size)
+    slots = layout.slots(method.counts_at(step, n, (numel,)))
+    blocks = slots.every_block.repeat(n, 1)
+    if not slots.whole[0]:
+        blocks = torch.empty(n, slots.total, dtype=torch.int64)
+        streams, deals = (range(1, n + 1), [0] * n) if method.selection == "independent" else ([0] * n, range(n))
+        ops.draw_blocks(slots.table, layout.units, method.block_size, method.seed, step, streams, deals, blocks)
+    masks = torch.zeros(n, layout.blocks[0], dtype=torch.bool).scatter(1, blocks, True)
+    return blocks, masks.repeat_interleave(method.block_size, dim=1)[:, :numel], slots.shares[0]
+
+
+@check(*WITH_FEEDBACK, *[method(m.selection, m.memory, torch.float16) for m in WITH_FEEDBACK])
+def feedback_conserves(method):
+    """What was sent and what remains is the gradient and what remained before, over all ranks."""
+    n, model = hvd.size(), models.mlp(37, 3)
+    optimizer, compressor = setup(model, method, lr=0.0)
+    batches = models.data(hvd.rank(), 37)
+    before = residuals(compressor, model)
+    for _ in range(4):
+        batch = next(batches)
+        mine = local_gradients(model, batch)
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        after, sent = residuals(compressor, model), averaged(model)
+        for name in mine:
+            given = everyone(mine[name] + before[name]).sum(0)
+            found = n * sent[name] + everyone(after[name]).sum(0)
+            close(found, given, 1e-6 if method.wire_dtype == torch.float32 else 1e-3)
+        before = after
+    assert any(bool(residual.any()) for residual in before.values())
+
+
+@check(method("shared", "control_variate"), method("independent", "control_variate"))
+def control_variate_is_each_ranks_own(method):
+    """On gradients that stand still, own becomes this rank's gradient and mean the ranks' mean."""
+    model = small(2)
+    optimizer, compressor = setup(model, method, lr=0.0)
+    batch = next(data())
+    mine = local_gradients(model, batch)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    memory, sent = compressor.state_dict()["memory"], averaged(model)
+    for name, gradient in mine.items():
+        mean = everyone(gradient).mean(0)
+        close(memory["own"][name].view(gradient.shape), gradient, 1e-6)
+        close(memory["mean"][name].view(gradient.shape), mean, 1e-6)
+        close(sent[name], mean, 1e-6)
+
+
+# ---- parameters without a gradient ----
+
+
+class Heads(torch.nn.Module):
+    """A trunk and some heads, of which a forward pass uses those it is told to."""
+
+    def __init__(self, heads=4, width=WIDTH):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.trunk = torch.nn.Linear(width, width)
+            self.heads = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(heads))
+
+    def forward(self, x, used):
+        x = torch.tanh(self.trunk(x))
+        return sum(self.heads[head](x) for head in used)
+
+
+@check(*EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(3,))
+def unused_parameters(method):
+    """Some heads unused on all ranks, some on one: no hang, equal replicas, and the unused keep their residual."""
+    model, rank = Heads(), hvd.rank()
+    optimizer, compressor = setup(model, method)
+    batches = data()
+    turns = [{0, 1, 2, 3}, {0}, {rank % 2}, {1, 2, 3} if rank else {0}, set(range(4)) - {rank}, {0, 1, 2, 3}]
+    for used in turns:
+        x, y = next(batches)
+        before = residuals(compressor, model) if method.memory == "error_feedback" else {}
+        optimizer.zero_grad()
+        ((model(x, used) - y) ** 2).mean().backward()
+        optimizer.step()
+        after = residuals(compressor, model) if before else {}
+        for head in set(range(4)) - used:
+            for name in (f"heads.{head}.weight", f"heads.{head}.bias"):
+                assert not before or torch.equal(before[name], after[name]), name
+        assert same_everywhere(model)
+    assert not before or any(bool(r.any()) for r in after.values())
+
+
+@check(*ONE_EACH, ranks=(2,))
+def never_used(method):
+    model = Heads()
+    optimizer, _ = setup(model, method)
+    batches = data()
+    start = model.heads[3].weight.detach().clone()
+    for _ in range(4):
+        x, y = next(batches)
+        optimizer.zero_grad()
+        ((model(x, {0, 1}) - y) ** 2).mean().backward()
+        optimizer.step()
+    assert torch.equal(model.heads[3].weight, start)
+    assert same_everywhere(model)
+
+
+# ---- inf and NaN ----
+
+
+@check(
+    *EACH,
+    *ONE_EACH_HALF,
+    method("shared", "error_feedback", warmup_steps=9),
+    method("shared", "control_variate", warmup_steps=9),
+    method("nominated", "error_feedback", momentum=0.9),
+    ranks=(2,),
+)
+def not_finite_on_one_rank(method):
+    """Every rank learns of it, nobody's memory keeps anything of that step, and the next one is as ever."""
+    model, rank = small(), hvd.rank()
+    optimizer, compressor = setup(model, method, lr=0.0)
+    batches = data()
+    for step in range(5):
+        before = compressor.state_dict()["memory"]
+        factor = {2: float("inf"), 3: float("nan")}.get(step, 1.0) if rank == 0 else 1.0
+        optimizer.zero_grad()
+        (factor * loss_of(model, next(batches))).backward()
+        optimizer.synchronize()
+        for name, parameter in model.named_parameters():
+            assert bool(torch.isfinite(parameter.grad).all()) == (step not in (2, 3)), (name, step)
+        optimizer.zero_grad()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        after = compressor.state_dict()["memory"]
+        for store, tensors in after.items():
+            for name, tensor in tensors.items():
+                assert torch.isfinite(tensor).all(), (store, name)
+                if step in (2, 3):
+                    close(tensor, before[store][name], 1e-6)
+
+
+@check(*WITH_FEEDBACK, ranks=(2,))
+def grad_scaler(method):
+    """As Horovod's users scale gradients: an overflow on one rank skips the step on all."""
+    model, rank = small(), hvd.rank()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = models.sgd(model)
+    compressor = thinwire.horovod.Compressor(model.named_parameters(), method, grad_scaler=scaler)
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compressor)
+    batches = data()
+    for step in range(5):
+        before = models.flat(model.parameters())
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, next(batches)) * (float("inf") if step == 2 and rank == 1 else 1.0)).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        held = max(float(r.abs().max()) for r in residuals(compressor, model).values())
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, models.flat(model.parameters())) == (step == 2)
+        assert scaler.get_scale() == 2.0 ** (9 if step >= 2 else 10)
+        assert 0 < held / 2.0 ** (9 if step > 2 else 10) < 0.1, (step, held)
+    assert same_everywhere(model)
+
+
+# ---- disagreement ----
+
+
+def _disagree(mention, make):
+    """make(odd) gives model and compressor; odd on the last rank. All ranks are told, soon."""
+    begin = time.monotonic()
+    model, compressor = make(hvd.rank() == hvd.size() - 1)
+    optimizer = hvd.DistributedOptimizer(models.sgd(model), model.named_parameters(), compression=compressor)
+    raised(ValueError, loss_of(model, next(data())).backward, "ranks differ", mention,
+           f"on rank {hvd.size() - 1}")  # fmt: skip
+    assert time.monotonic() - begin < 5.0
+    del optimizer
+
+
+@check()
+def different_methods():
+    def make(odd):
+        model = small(2)
+        chosen = BlockSparse("nominated") if odd else BlockSparse("shared", memory="error_feedback")
+        return model, thinwire.horovod.Compressor(model.named_parameters(), chosen)
+
+    _disagree("selection: shared on rank 0", make)
+
+
+@check()
+def different_seeds():
+    def make(odd):
+        model = small(2)
+        return model, thinwire.horovod.Compressor(model.named_parameters(), BlockSparse(seed=7 if odd else 0))
+
+    _disagree("seed: 0 on rank 0", make)
+
+
+@check()
+def different_models():
+    def make(odd):
+        model = small(3 if odd else 2)
+        return model, thinwire.horovod.Compressor(model.named_parameters(), BlockSparse())
+
+    _disagree("model: 4 parameters", make)
+
+
+@check()
+def different_names_given():
+    """One rank names some of the parameters only: the others do not wait for it."""
+
+    def make(odd):
+        model = small(2)
+        named = list(model.named_parameters())
+        return model, thinwire.horovod.Compressor(named[:2] if odd else named, BlockSparse())
+
+    _disagree("model: 4 parameters", make)
+
+
+@check()
+def different_steps():
+    def make(odd):
+        model = small(2)
+        compressor = thinwire.horovod.Compressor(model.named_parameters(), BlockSparse())
+        if odd:
+            compressor.load_state_dict(compressor.state_dict() | {"step": 5})
+        return model, compressor
+
+    _disagree("step: 0 on rank 0", make)
+
+
+@check()
+def training_goes_on_after_a_disagreement():
+    different_seeds()
+    model, _ = train(BlockSparse(), 4)
+    assert same_everywhere(model)
+
+
+# ---- checkpoints ----
+
+
+@check(*EACH, method("nominated", "error_feedback", torch.float16, momentum=0.9, ramp_steps=6), ranks=(2,))
+def resume(method):
+    """Stopped after 4 steps of 8 and loaded into new objects, training is what it would have been."""
+    whole = train(method, 8)[0]
+    model, compressor = train(method, 4)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "thinwire": compressor.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    _assert_plain(saved["thinwire"])
+
+    model = small(seed=9)
+    model.load_state_dict(saved["model"])
+    optimizer, compressor = setup(model, method)
+    compressor.load_state_dict(saved["thinwire"])
+    batches = data()
+    for step, batch in enumerate(batches):
+        if step == 8:
+            break
+        if step >= 4:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert gap(whole, model) == 0.0
+    assert compressor.state_dict()["step"] == 8
+    assert compressor.stats()["steps"] == 4
+
+
+def _assert_plain(state):
+    for key, value in state.items():
+        assert type(key) is str
+        if isinstance(value, dict):
+            _assert_plain(value)
+        else:
+            assert type(value) in (torch.Tensor, int, float, str), (key, type(value))
+
+
+@check(ranks=(2,))
+def state_of_another_method():
+    model = small(2)
+    state = thinwire.horovod.Compressor(model.named_parameters(), BlockSparse()).state_dict()
+    other = thinwire.horovod.Compressor(model.named_parameters(), BlockSparse("nominated"))
+    raised(ValueError, lambda: other.load_state_dict(state), "memory=none", "memory=error_feedback")
+
+
+# ---- dtypes ----
+
+
+class Slope(torch.nn.Module):
+    """Its gradient is what it is given."""
+
+    def __init__(self, numel=100, dtype=torch.float32):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(numel, dtype=dtype))
+
+    def forward(self, slope):
+        return (self.weight * slope.to(self.weight.dtype)).sum()
+
+
+@contextlib.contextmanager
+def warnings_of_thinwire():
+    found, handler = [], logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("thinwire").addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger("thinwire").removeHandler(handler)
+
+
+@check(*[method(m.selection, m.memory, torch.float16, density=1.0) for m in EACH if m.memory != "control_variate"])
+def large_values_in_float16(method):
+    """1e6 is beyond float16: it is cut off with a warning, or waits in the residual until it has been sent."""
+    n, model = hvd.size(), Slope()
+    optimizer, compressor = setup(model, method, lr=0.0)
+    with warnings_of_thinwire() as warnings:
+        for step in range(2):
+            optimizer.zero_grad()
+            model(torch.full((100,), 1e6 if step == 0 else 1.0)).backward()
+            optimizer.synchronize()
+            grad = model.weight.grad.clone()
+            assert torch.isfinite(grad).all()
+            if step == 0 or method.memory == "error_feedback":
+                close(grad, torch.full((100,), 32768.0), 1e-3)
+            if method.memory == "error_feedback":
+                left = everyone(residuals(compressor, model)["weight"]).sum(0)
+                close(left, torch.full((100,), n * (1e6 + step - (step + 1) * 32768.0)), 1e-4)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+    assert len(warnings) == (method.memory == "none"), warnings
+    assert all("weight exceed 32768" in warning and "error_feedback" in warning for warning in warnings)
+
+
+@check(*EACH, ranks=(2,))
+def half_precision_models(method):
+    """float16 and bfloat16 gradients, very different in size on different ranks; Horovod cannot add bfloat16."""
+    rank = hvd.rank()
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for wire_dtype in (torch.float32, torch.float16):
+            model = Slope(dtype=dtype)
+            one = BlockSparse(method.selection, density=1.0, memory=method.memory, wire_dtype=wire_dtype)
+            optimizer, _ = setup(model, one, lr=0.0)
+            slope = torch.linspace(-1.0, 1.0, 100) * 64.0**rank
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(slope).backward()
+                optimizer.step()
+                mean = everyone(slope.to(dtype).to(torch.float64)).mean(0)
+                close(model.weight.grad.to(torch.float64), mean, 1e-2)
+            assert model.weight.grad.dtype == dtype
+
+
+@check(*ONE_EACH, ranks=(2,))
+def several_dtypes_in_one_model(method):
+    model = torch.nn.ModuleDict({str(d)[6:]: Slope(dtype=d) for d in (torch.float64, torch.float16, torch.float32)})
+    optimizer, _ = setup(model, method)
+    generator = torch.Generator().manual_seed(hvd.rank())
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum(part(torch.randn(100, generator=generator)).double() for part in model.values()).backward()
+        optimizer.step()
+    assert same_everywhere(model)
+
+
+@check(*ONE_EACH, ranks=(2,))
+def odd_shapes(method):
+    """Gradients that are not contiguous, one element, and scalars."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-0.1, 0.11, parameter.numel()).view(parameter.shape))
+    model = model.to(memory_format=torch.channels_last)
+    model.register_parameter("scalar", torch.nn.Parameter(torch.tensor(1.0)))
+    optimizer, _ = setup(model, method, lr=0.01)
+    generator = torch.Generator().manual_seed(hvd.rank())
+    start = model.scalar.item()
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, 6, 6, generator=generator).to(memory_format=torch.channels_last)
+        (model.scalar * model(x)).square().mean().backward()
+        optimizer.step()
+    assert same_everywhere(model)
+    assert model.scalar.item() != start
+
+
+@check(ranks=(2,))
+def channels_last_by_hand():
+    """An averaged gradient that came in another memory order has its elements in the right places."""
+    model = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.weight.copy_(torch.linspace(-0.1, 0.1, model.weight.numel()).view(model.weight.shape))
+        model.bias.zero_()
+    optimizer, _ = setup(model, Dense(), lr=0.0)
+    x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(hvd.rank()))
+    mine = torch.autograd.grad(model(x).square().mean(), model.weight)[0]
+    model(x).square().mean().backward()
+    optimizer.step()
+    close(model.weight.grad, everyone(mine).mean(0), 1e-6)
+
+
+# ---- what is refused ----
+
+
+@check(ranks=(2,))
+def refused_when_made():
+    model = small(2)
+    make = thinwire.horovod.Compressor
+
+    def named():
+        return model.named_parameters()
+
+    raised(ValueError, lambda: make(named(), BlockSparse("topk")), "topk", "nominated")
+    raised(ValueError, lambda: make(named(), BlockSparse(wire_dtype=torch.bfloat16)), "BlockSparse", "bfloat16")
+    raised(ValueError, lambda: make(named(), Dense(wire_dtype=torch.bfloat16)), "Dense", "bfloat16")
+    raised(TypeError, lambda: make(named(), "nominated"), "must be a thinwire method")
+    raised(TypeError, lambda: make(named(), BlockSparse), "call it")
+    raised(TypeError, lambda: make(model.parameters(), BlockSparse()), "named_parameters")
+    raised(ValueError, lambda: make([], BlockSparse()), "no trainable parameter")
+    spectrum = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    raised(TypeError, lambda: make([("spectrum", spectrum)], BlockSparse()), "spectrum", "complex64")
+    corrected = BlockSparse("nominated", momentum=0.9)
+    raised(ValueError, lambda: make(named(), corrected), "optimizer=")
+    raised(ValueError, lambda: make(named(), corrected, optimizer=models.sgd(model, momentum=0.9)), "0.9", "set the")
+    make(named(), corrected, optimizer=models.sgd(model))
+
+
+@check(ranks=(2,))
+def gradients_of_others():
+    """A tensor that is no named parameter's gradient."""
+    model = small(2)
+    compressor = thinwire.horovod.Compressor(list(model.named_parameters())[:2], BlockSparse())
+    optimizer = hvd.DistributedOptimizer(models.sgd(model), model.named_parameters(), compression=compressor)
+    backward = loss_of(model, next(data())).backward
+    raised(ValueError, backward, "(24,)", "no named parameter's gradient")
+    del optimizer
+
+
+@check(ranks=(2,))
+def sparse_gradients():
+    for as_dense in (False, True):
+        model = torch.nn.Embedding(10, 20, sparse=True)
+        compressor = thinwire.horovod.Compressor(model.named_parameters(), BlockSparse())
+        optimizer = hvd.DistributedOptimizer(
+            models.sgd(model), model.named_parameters(), compression=compressor, sparse_as_dense=as_dense
+        )
+
+        def step():
+            model(torch.tensor([1, 2, 3])).sum().backward()  # noqa: B023
+            optimizer.step()  # noqa: B023
+
+        raised(*(ValueError, step, "sparse_as_dense") if as_dense else (TypeError, step, "sparse=False"))
+
+
+# ---- figures ----
+
+
+@check()
+def stats_by_arithmetic():
+    n, model = hvd.size(), small(4)
+    chosen = method("shared", "none", density=0.25)
+    optimizer, compressor = setup(model, chosen, recorder=Recorder)
+    batches = data()
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(model, next(batches)).backward()
+        optimizer.step()
+    stats = compressor.stats()
+    assert compressor.sizes == {f"{i}.weight": 144 for i in (0, 2, 4, 6)} | {f"{i}.bias": 16 for i in (0, 2, 4, 6)}
+    assert abs(stats["bytes_sent"] - 5 * 4 * 160 * 4 * 2 * (n - 1) / n) <= 5 * 8
+    assert stats["bytes_sent"] == stats["bytes_received"]
+    assert abs(stats["dense_bytes"] - 5 * 4 * 600 * 4 * 2 * (n - 1) / n) <= 5 * 8
+    assert abs(stats["compression"] - 600 / 160) < 0.01
+    assert stats["steps"] == 5
+    assert all(0 < stats[name] < 60 for name in ("encode_s", "exchange_s", "decode_s"))
+
+
+@check()
+def stats_of_nominated():
+    """Its bytes do not grow with the ranks, named blocks and the elements that carry nothing included."""
+    _, compressor = train(method("nominated", "error_feedback", density=0.05), 5)
+    stats = compressor.stats()
+    assert 4 < stats["compression"] < 20, stats
+    half = train(method("nominated", "error_feedback", torch.float16, density=0.05), 5)[1].stats()
+    assert 0.5 < half["bytes_sent"] / stats["bytes_sent"] < 0.8, half
+
+
+def main(directory, names):
+    rank = hvd.rank()
+    with open(Path(directory) / f"{rank}.jsonl", "w") as file:
+        for name in names or CHECKS:
+            function, ranks = CHECKS[name]
+            if hvd.size() not in ranks:
+                continue
+            line, begin = {"check": name, "error": ""}, time.monotonic()
+            try:
+                function()
+            except Exception:
+                line["error"] = traceback.format_exc()
+            line["seconds"] = round(time.monotonic() - begin, 3)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            hvd.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PAIR = hvd.ProcessSet([0, 2])
+    hvd.init(process_sets=[PAIR] if os.environ["HOROVOD_SIZE"] == "3" else None)
+    main(sys.argv[1], sys.argv[2:])
