@@ -1,0 +1,118 @@
+"""The scripts that a person runs first: both examples, and a short demo."""
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+import pytest
+from demo_rank import CONTESTANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, timeout=120):
+    """What a command printed, standard error included; it must succeed."""
+    package = str(Path(importlib.util.find_spec("thinwire").origin).parent.parent)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, timeout=timeout, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def accuracy(output):
+    return float(re.search(r"accuracy ([\d.]+)", output)[1])
+
+
+def compression(output):
+    return float(re.search(r"([\d.]+) times fewer", output)[1])
+
+
+def test_the_ddp_example_learns_at_a_fraction_of_the_bytes():
+    output = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "examples/ddp.py")
+    assert accuracy(output) > 0.9
+    assert compression(output) > 15
+
+
+def test_the_ddp_example_runs_on_a_thin_network():
+    output = run(sys.executable, "benchmarks/thinnet.py", "--ranks", 2, "--mbit", 50, "--", sys.executable,
+                 "examples/ddp.py", "--steps", 50)  # fmt: skip
+    assert "[0] accuracy" in output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod")
+def test_the_horovod_example_learns_at_a_fraction_of_the_bytes():
+    horovodrun = Path(sys.executable).with_name("horovodrun")
+    output = run(horovodrun, "-np", 2, "--gloo", sys.executable, "examples/horovod_digits.py")
+    assert accuracy(output) > 0.9
+    assert compression(output) > 15
+
+
+def test_each_example_differs_from_plain_training_by_one_line():
+    for name in ("ddp.py", "horovod_digits.py"):
+        lines = (ROOT / "examples" / name).read_text().splitlines()
+        assert len(lines) < 60
+        assert sum("the one line" in line for line in lines) == 1
+
+
+def test_a_short_demo_leaves_its_record_and_picture(tmp_path):
+    run(sys.executable, "benchmarks/demo.py", "--seconds", 3, "--ranks", 2, "--mbit", 200, "--methods", "dense",
+        "best", "--out", tmp_path)  # fmt: skip
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert record["ranks"] == 2 and list(record["methods"]) == ["dense", "best"]
+    for result in record["methods"].values():
+        assert result["status"] == "done"
+        assert 0 < result["seconds"] < 6
+        assert result["curve"][0][2] == pytest.approx(5.6, abs=0.3)  # both start from the same model, knowing nothing
+        assert result["curve"][-1][2] < result["curve"][0][2]
+        assert len(result["all_step_ms"]) == result["steps"] == result["curve"][-1][1]
+    if record["shaped"]:
+        dense, best = record["methods"]["dense"], record["methods"]["best"]
+        ring = 4 * dense["parameters"]  # two ranks: 2 (n - 1) / n = 1 time the gradient
+        assert dense["step_bytes"] == pytest.approx(ring, rel=0.1)
+        assert best["bytes"] == pytest.approx(best["stats_bytes"], rel=0.1)
+    cells = demo.rows_of(record)
+    assert [row[0] for row in cells] == [CONTESTANTS["dense"].label, CONTESTANTS["best"].label]
+
+
+RECORD = {
+    "ranks": 4, "mbit": 100.0, "shaped": True, "seconds": 40.0, "date": "2026-01-01",
+    "machine": {"cpu": "a processor", "cores": 2}, "versions": {"torch": "2"},
+    "methods": {
+        "noop": {"status": "done", "steps": 30, "step_ms": 130.0, "step_bytes": 100, "curve": []},
+        "dense": {"status": "done", "steps": 20, "step_ms": 1800.0, "step_bytes": 20e6, "curve": [[36.0, 20, 2.9]]},
+        "powersgd": {"status": "hung", "steps": 7, "curve": [[0.0, 0, 5.7], [4.0, 7, 3.1]]},
+        "best": {"status": "done", "steps": 240, "step_ms": 160.0, "step_bytes": 1e5, "curve": [[39.0, 240, 2.4]]},
+    },
+}  # fmt: skip
+
+
+def test_the_readme_is_rewritten_from_the_record_and_a_hang_is_called_one(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
+    monkeypatch.setattr(demo, "README", readme)
+    demo.write_readme(RECORD)
+    once = readme.read_text()
+    demo.write_readme(RECORD)
+    assert readme.read_text() == once
+    assert once.startswith("before\n<!-- demo -->\n|") and once.endswith("<!-- /demo -->\nafter\n")
+    assert "old" not in once
+    assert "| 160 ms | 0.1 MB | 200 x | 240 | 2.400 |" in once
+    assert "7 (hung)" in once and "3.100" in once
+    demo.draw(RECORD, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 1000
+
+
+def test_a_rank_that_stands_still_is_reported_as_hung():
+    with demo._progress(demo.Console(quiet=True)) as progress:
+        row = demo._Row(progress, "powersgd", 3.0)
+        row.on_line(0, '{"event": "loss", "step": 0, "seconds": 0.0, "loss": 5.5}', "stdout")
+        row.on_line(0, '{"event": "step", "step": 2, "seconds": 1.0, "step_ms": 500.0}', "stdout")
+        row.on_line(1, "Timeout (0:00:30)!", "stderr")
+        result = row.finish(1)
+    assert result["status"] == "hung" and result["curve"] == [[0.0, 0, 5.5]] and result["steps"] == 2
