@@ -178,7 +178,7 @@ def main():
     mine = {"sent": sum(sent), "stats": handle.stats() if handle else None}
     everyone = [None] * world_size
     dist.all_gather_object(everyone, mine)
-    typical = slice(min(UNTYPICAL, len(clock.steps) - 1), None)
+    typical = slice(min(UNTYPICAL, len(clock.steps) // 2), None)
     report(
         "result", steps=len(clock.steps), seconds=clock.elapsed, step_ms=1e3 * statistics.median(clock.steps[typical]),
         all_step_ms=[round(1e3 * s, 1) for s in clock.steps],

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-
 from thinwire import ops
 from thinwire.blocks import Layout
 

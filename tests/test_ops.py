@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from thinwire import ops, reference
 from thinwire.blocks import Layout
 

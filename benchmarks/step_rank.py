@@ -1,0 +1,88 @@
+"""One rank of test_step_speed.py: the demo's model under several methods in turn, ten steps of each, over and over."""
+import argparse
+import json
+import os
+import statistics
+import time
+
+import task
+import torch
+import torch.distributed as dist
+from thinnet import interface_bytes
+from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import thinwire
+
+TURN = 10  # steps of one method before the next has its turn; the first of them is not counted
+NOMINATED = thinwire.BlockSparse("nominated", density=0.01)
+
+
+class Contestant:
+    """A model and its optimizer under one method, with what its steps took."""
+
+    def __init__(self, name: str):
+        torch.manual_seed(0)
+        self.model = task.ByteTransformer()
+        # One bucket: with two in flight, PowerSGD's hook hangs on Gloo.
+        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=1000)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        self.handle = None
+        if name == "noop":
+            self.ddp.register_comm_hook(None, debugging_hooks.noop_hook)
+        elif name == "powersgd":
+            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+            self.ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        elif name == "nominated":
+            self.handle = thinwire.attach(self.ddp, NOMINATED)
+        self.seconds, self.bytes = [], []
+
+    def step(self, batch) -> None:
+        self.optimizer.zero_grad()
+        self.ddp(batch).backward()
+        self.optimizer.step()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--methods", nargs="+", default=["noop", "nominated", "powersgd"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    text, _ = task.standard_library()
+    batches = task.batches(text, rank, n)
+    contestants = {name: Contestant(name) for name in args.methods}
+    for contestant in contestants.values():
+        for _ in range(4):  # rebuilt buckets, PowerSGD's dense steps
+            contestant.step(next(batches))
+    for _ in range(args.turns):
+        for contestant in contestants.values():
+            dist.barrier()
+            for i in range(TURN):
+                before = interface_bytes(), contestant.handle and contestant.handle.stats()["bytes_sent"]
+                begin = time.perf_counter()
+                contestant.step(next(batches))
+                if i:
+                    contestant.seconds.append(time.perf_counter() - begin)
+                    if before[0] and contestant.handle:
+                        sent = interface_bytes().tx - before[0].tx
+                        contestant.bytes.append((sent, contestant.handle.stats()["bytes_sent"] - before[1]))
+            dist.barrier()
+    if rank == 0:
+        for name, contestant in contestants.items():
+            row = {"method": name, "median_ms": 1e3 * statistics.median(contestant.seconds),
+                   "quartiles_ms": [1e3 * q for q in statistics.quantiles(contestant.seconds, n=4)]}  # fmt: skip
+            if contestant.handle:
+                stats = contestant.handle.stats()
+                row |= {k: 1e3 * stats[k] / stats["steps"] for k in ("encode_s", "exchange_s", "decode_s")}
+                row["estimate"] = thinwire.estimate(NOMINATED, contestant.model, n)["bytes_sent"]
+                if contestant.bytes:
+                    row["interface"], row["stats"] = (statistics.mean(column) for column in zip(*contestant.bytes))
+            print("RESULT " + json.dumps(row), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
