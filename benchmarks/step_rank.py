@@ -6,13 +6,12 @@ import statistics
 import time
 
 import task
+import thinwire
 import torch
 import torch.distributed as dist
 from thinnet import interface_bytes
 from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
-
-import thinwire
 
 TURN = 10  # steps of one method before the next has its turn; the first of them is not counted
 NOMINATED = thinwire.BlockSparse("nominated", density=0.01)

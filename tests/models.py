@@ -21,7 +21,9 @@ ALL_METHODS = [
     for memory in memories
 ] + [
     BlockSparse("topk", density=0.1, block_size=16, momentum=0.9, wire_dtype=torch.bfloat16),
-    BlockSparse("nominated", density=0.1, block_size=16, momentum=0.9, wire_dtype=torch.float16, warmup_steps=2, ramp_steps=4),
+    BlockSparse(
+        "nominated", density=0.1, block_size=16, momentum=0.9, wire_dtype=torch.float16, warmup_steps=2, ramp_steps=4
+    ),
     BlockSparse("shared", density=0.3, block_size=16, memory="control_variate", wire_dtype=torch.bfloat16),
 ]  # fmt: skip
 

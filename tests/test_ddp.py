@@ -143,8 +143,10 @@ def test_an_unused_parameter_keeps_its_residual(ranks, method):
 
 
 def several_dtypes():
-    return torch.nn.Sequential(mlp(layers=2), Cast(torch.float64), mlp(layers=2, dtype=torch.float64),
-                               Cast(torch.bfloat16), mlp(layers=1, dtype=torch.bfloat16), Cast(torch.float32))  # fmt: skip
+    in_double, in_half = mlp(layers=2, dtype=torch.float64), mlp(layers=1, dtype=torch.bfloat16)
+    return torch.nn.Sequential(
+        mlp(layers=2), Cast(torch.float64), in_double, Cast(torch.bfloat16), in_half, Cast(torch.float32)
+    )
 
 
 class Cast(torch.nn.Module):

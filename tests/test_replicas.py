@@ -44,11 +44,13 @@ def gradients(rank, n, method, steps=3):
     return torch.stack(seen)
 
 
-WHOLE = [Dense()] + [BlockSparse(selection, density=1.0) for selection in ("independent", "permuted", "shared", "topk", "nominated")] + [
+WHOLE = [
+    Dense(),
+    *(BlockSparse(name, density=1.0) for name in ("independent", "permuted", "shared", "topk", "nominated")),
     BlockSparse(density=1.0, memory="control_variate"),
     BlockSparse("topk", density=0.01, warmup_steps=3),
     BlockSparse(density=0.01, dense_below=10**6),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -34,93 +34,84 @@ THINWIRE_HOT int has_nonfinite(const Grad* grad, int64_t count) {
     return any;
 }
 
-template <typename Wide, typename Grad, bool WITH_VELOCITY>
-THINWIRE_HOT int step_loop(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, int64_t count) {
-    int bad = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        Wide step = static_cast<Wide>(grad[i]);
-        const bool finite = is_finite(step);
-        bad |= !finite;
-        step = finite ? step : Wide(0);
-        if (WITH_VELOCITY) velocity[i] = step = velocity[i] * momentum + step;
-        residual[i] = residual[i] + step;
-    }
-    return bad;
-}
-
-// Blocks go in batches that stay in the nearest cache. In a batch the additions of different blocks are independent,
-// so a processor overlaps them, where the 4 foldings of one small block would each wait for the last.
-constexpr int64_t BATCH = 64, NEAR = 2048;
-
-// Adds the squares of `count` elements of each block, beginning at the element `at` of it, to the block's lanes.
+// Folds the lanes of four blocks, each in halves: the sums of the reference, without a scalar chain for each block.
 template <typename Wide>
-THINWIRE_HOT void square_loop(const Wide* residual, int64_t blocks, int64_t block_size, int64_t at, int64_t count,
-                              Wide* lanes) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        for (int64_t block = 0; block < blocks; ++block) {
-            const Wide* values = residual + block * block_size + at + i;
-#pragma omp simd
-            for (int lane = 0; lane < LANES; ++lane) lanes[block * LANES + lane] += values[lane] * values[lane];
-        }
+THINWIRE_HOT void fold_four(const Wide* lanes, Wide* norms) {
+    typedef Wide Four __attribute__((vector_size(4 * sizeof(Wide))));
+    Four quarters[4];
+    for (int block = 0; block < 4; ++block) {
+        Four part[4];
+        std::memcpy(part, lanes + block * LANES, sizeof(part));
+        quarters[block] = (part[0] + part[2]) + (part[1] + part[3]);
     }
-    for (int64_t block = 0; i < count && block < blocks; ++block) {
-        const Wide* values = residual + block * block_size + at + i;
-        for (int lane = 0; lane < count - i; ++lane) lanes[block * LANES + lane] += values[lane] * values[lane];
-    }
+    const auto [a, b, c, d] = quarters;
+    const Four ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    const Four cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    const Four sums = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+    std::memcpy(norms, &sums, sizeof(sums));
 }
 
-// Folds the lanes of every block in halves; each level is packed, so that the next one's loads are dense.
-template <int HALF, typename Wide>
-THINWIRE_HOT void fold_loop(Wide* lanes, int64_t blocks) {
-    for (int64_t block = 0; block < blocks; ++block) {
-#pragma omp simd
-        for (int lane = 0; lane < HALF; ++lane) {
-            lanes[block * HALF + lane] = lanes[block * 2 * HALF + lane] + lanes[block * 2 * HALF + HALF + lane];
-        }
-    }
-}
-
-// Calls step(begin, count) on count elements in order, stretch by stretch, and writes the norms of the blocks in them.
-template <typename Wide, typename Step>
-THINWIRE_HOT void for_batches(const Wide* residual, int64_t count, int64_t block_size, Wide* norms,
-                              const Step& step) {
-    const int64_t batch = std::clamp<int64_t>(NEAR / block_size, 1, BATCH);
-    Wide lanes[BATCH * LANES];
+// Writes the norm of each block in count elements. value(i, lane) gives the element i, once and in order.
+template <typename Wide, typename Value>
+THINWIRE_HOT void norms_loop(int64_t count, int64_t block_size, Wide* norms, const Value& value) {
+    constexpr int64_t BATCH = 4, GROUPS = 4;
     for (int64_t begin = 0; begin < count;) {
-        const int64_t blocks = std::clamp<int64_t>((count - begin) / block_size, 1, batch);
-        const int64_t width = std::min(block_size, count - begin);
-        std::fill_n(lanes, blocks * LANES, Wide(0));
-        for (int64_t at = 0; at < width; at += NEAR) {  // only a block alone can be wider than NEAR
-            const int64_t some = std::min(NEAR, width - at);
-            step(begin + at, blocks == 1 ? some : blocks * width);
-            square_loop(residual + begin, blocks, block_size, at, some, lanes);
+        Wide lanes[BATCH * LANES] = {}, folded[BATCH];
+        int64_t blocks = 0;
+        for (; blocks < BATCH && begin < count; ++blocks) {
+            const int64_t end = std::min(begin + block_size, count);
+            Wide* sums = lanes + blocks * LANES;
+            int64_t i = begin;
+            for (; i + GROUPS * LANES <= end; i += GROUPS * LANES) {  // sums stay in registers for four groups
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) {
+                    Wide sum = sums[lane];
+#pragma GCC unroll 4
+                    for (int group = 0; group < GROUPS; ++group) {
+                        const Wide one = value(i + group * LANES + lane, lane);
+                        sum += one * one;
+                    }
+                    sums[lane] = sum;
+                }
+            }
+            for (; i + LANES <= end; i += LANES) {
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) {
+                    const Wide one = value(i + lane, lane);
+                    sums[lane] += one * one;
+                }
+            }
+            for (int lane = 0; i < end; ++i, ++lane) {
+                const Wide one = value(i, lane);
+                sums[lane] += one * one;
+            }
+            begin = end;
         }
-        fold_loop<8>(lanes, blocks);
-        fold_loop<4>(lanes, blocks);
-        fold_loop<2>(lanes, blocks);
-        fold_loop<1>(lanes, blocks);
-        norms = std::copy_n(lanes, blocks, norms);
-        begin += blocks == 1 ? width : blocks * width;
+        fold_four(lanes, folded);
+        norms = std::copy_n(folded, blocks, norms);
     }
 }
 
 // Adds grad to count elements of residual, and writes the norms of the blocks in them.
 template <typename Wide, typename Grad, bool WITH_VELOCITY>
-THINWIRE_HOT int accumulate_loop(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, int64_t count,
-                                 int64_t block_size, Wide* norms) {
-    int bad = 0;
-    for_batches(residual, count, block_size, norms, [&](int64_t begin, int64_t some) THINWIRE_HOT_LAMBDA {
-        bad |= step_loop<Wide, Grad, WITH_VELOCITY>(residual + begin, WITH_VELOCITY ? velocity + begin : nullptr,
-                                                    grad + begin, momentum, some);
+THINWIRE_HOT bool accumulate_loop(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, int64_t count,
+                                  int64_t block_size, Wide* norms) {
+    int bad[LANES] = {};  // one for each lane: a single one would be reduced again in every block
+    norms_loop(count, block_size, norms, [&](int64_t i, int lane) THINWIRE_HOT_LAMBDA {
+        Wide step = static_cast<Wide>(grad[i]);
+        const bool finite = is_finite(step);
+        bad[lane] |= finite ? 0 : 1;
+        step = finite ? step : Wide(0);
+        if (WITH_VELOCITY) velocity[i] = step = velocity[i] * momentum + step;
+        return residual[i] = residual[i] + step;
     });
-    return bad;
+    return std::any_of(bad, bad + LANES, [](int one) { return one != 0; });
 }
 
 }  // namespace
 
 #define THINWIRE_ACCUMULATE(Wide, Grad)                                                                             \
-    THINWIRE_CLONES int accumulate_span(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum,            \
+    THINWIRE_CLONES bool accumulate_span(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum,            \
                                         int64_t count, int64_t block_size, Wide* norms) {                           \
         if (velocity == nullptr) {                                                                                  \
             return accumulate_loop<Wide, Grad, false>(residual, velocity, grad, momentum, count, block_size, norms); \
@@ -134,9 +125,9 @@ THINWIRE_HOT int accumulate_loop(Wide* residual, Wide* velocity, const Grad* gra
     THINWIRE_CLONES bool nonfinite_span(const Grad* grad, int64_t count) {                                          \
         return has_nonfinite<at::opmath_type<Grad>>(grad, count);                                                   \
     }
-#define THINWIRE_NORMS(Wide)                                                                                         \
+#define THINWIRE_NORMS(Wide)                                                                                        \
     THINWIRE_CLONES void norms_span(const Wide* residual, int64_t count, int64_t block_size, Wide* norms) {         \
-        for_batches(residual, count, block_size, norms, [](int64_t, int64_t) {});                                   \
+        norms_loop(count, block_size, norms, [=](int64_t i, int) THINWIRE_HOT_LAMBDA { return residual[i]; });      \
     }
 THINWIRE_NORMS(float)
 THINWIRE_NORMS(double)
