@@ -322,10 +322,15 @@ def process_set_of_two(method):
 @check(ranks=(3,))
 def process_set_given_to_one_of_them():
     """A compressor that would wait for ranks outside the optimizer's process set says so."""
+    for groups in (None, 1):
+        _process_set_given_to_one_of_them(groups)
+
+
+def _process_set_given_to_one_of_them(groups):
     model = small(2)
     compressor = thinwire.horovod.Compressor(model.named_parameters(), BlockSparse())
     optimizer = hvd.DistributedOptimizer(
-        models.sgd(model), model.named_parameters(), compression=compressor, process_set=PAIR
+        models.sgd(model), model.named_parameters(), compression=compressor, process_set=PAIR, groups=groups
     )
     if PAIR.included():
         raised(ValueError, loss_of(model, next(data())).backward, "process_set", "both the same")

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from thinwire import BlockSparse
 from torch.nn.parallel import DistributedDataParallel
 
-SMALL_BUCKET_MB = 0.01  # a bucket for almost every layer of mlp()
+SMALL_BUCKET_MB = 0.005  # a bucket for almost every layer of mlp()
 
 # Every selection with every memory that it allows, at densities at which each is used.
 ALL_METHODS = [

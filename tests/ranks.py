@@ -27,7 +27,7 @@ class Ranks:
         self.n = n
         self._processes = []
 
-    def run(self, function, *args, seconds: float = 120.0):
+    def run(self, function, *args, seconds: float = 300.0):
         if not self._processes:
             self._start()
         for inbox in self._inboxes:

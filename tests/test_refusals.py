@@ -45,7 +45,7 @@ def differing(rank, n, methods, seeds=(0, 0, 0), at_step=(0, 0, 0)):
 def test_different_methods(ranks, methods, says):
     for said, seconds in ranks(3).run(differing, methods):
         assert said.startswith("ValueError: thinwire: the ranks differ in") and says in said
-        assert seconds < 20
+        assert seconds < 60
 
 
 def test_only_some_ranks_resumed(ranks):

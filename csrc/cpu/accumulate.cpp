@@ -87,8 +87,13 @@ THINWIRE_HOT void norms_loop(int64_t count, int64_t block_size, Wide* norms, con
             }
             begin = end;
         }
-        fold_four(lanes, folded);
-        norms = std::copy_n(folded, blocks, norms);
+        if (blocks == BATCH) {
+            fold_four(lanes, norms);
+        } else {
+            fold_four(lanes, folded);
+            std::copy_n(folded, blocks, norms);
+        }
+        norms += blocks;
     }
 }
 
@@ -97,7 +102,7 @@ template <typename Wide, typename Grad, bool WITH_VELOCITY>
 THINWIRE_HOT bool accumulate_loop(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, int64_t count,
                                   int64_t block_size, Wide* norms) {
     int bad[LANES] = {};  // one for each lane: a single one would be reduced again in every block
-    norms_loop(count, block_size, norms, [&](int64_t i, int lane) THINWIRE_HOT_LAMBDA {
+    norms_loop(count, block_size, norms, [=, &bad](int64_t i, int lane) THINWIRE_HOT_LAMBDA {
         Wide step = static_cast<Wide>(grad[i]);
         const bool finite = is_finite(step);
         bad[lane] |= finite ? 0 : 1;
