@@ -245,7 +245,7 @@ def _shown(path):
 
 def _arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=40, help="training time of each method (default 40)")
+    parser.add_argument("--seconds", type=float, default=34, help="training time of each method (default 34)")
     parser.add_argument("--mbit", type=float, default=100, help="rate of each link, each way (default 100)")
     parser.add_argument("--ranks", type=int, default=4, help="(default 4)")
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, help="(default: all)")

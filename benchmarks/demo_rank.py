@@ -33,7 +33,7 @@ def _paper(ddp, optimizer):
     return thinwire.attach(ddp, thinwire.BlockSparse())
 
 
-BEST = thinwire.BlockSparse(selection="nominated", density=0.02, block_size=16, wire_dtype=torch.float16)
+BEST = thinwire.BlockSparse(selection="nominated", density=0.02, block_size=16, wire_dtype=torch.float16, warmup_steps=2)
 
 
 def _best(ddp, optimizer):
