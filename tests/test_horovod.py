@@ -10,7 +10,7 @@ import horovod_checks
 import pytest
 import thinwire
 
-SECONDS = float(os.environ.get("THINWIRE_TEST_SECONDS", "600"))  # then a launch is taken for hung
+SECONDS = float(os.environ.get("THINWIRE_TEST_SECONDS", "1200"))  # then a launch is taken for hung
 
 
 class Launch:

@@ -22,7 +22,7 @@ def train_and_compare(rank, n, methods, steps):
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_replicas_are_bitwise_equal_after_200_steps(ranks, n):
-    for of_rank in ranks(n).run(train_and_compare, ALL_METHODS, 200, seconds=400):
+    for of_rank in ranks(n).run(train_and_compare, ALL_METHODS, 200, seconds=1200):
         for method, (equal, first, last, buckets) in zip(ALL_METHODS, of_rank, strict=True):
             assert equal, label(method)
             assert last < first, f"{label(method)} does not learn: {first} -> {last}"
