@@ -14,7 +14,7 @@ from demo_rank import CONTESTANTS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*command, timeout=300):
+def run(*command, timeout=900):
     """What a command printed, standard error included; it must succeed."""
     package = str(Path(importlib.util.find_spec("thinwire").origin).parent.parent)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package, "GLOO_SOCKET_IFNAME": "lo"}
