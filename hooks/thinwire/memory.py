@@ -2,7 +2,7 @@
 
 A step goes through three verbs. ``add`` reads the flat gradient, ``pack`` makes the payload of the chosen blocks, and
 ``settle`` writes the averaged gradient over the flat one and brings the memory up to date. A gradient with inf or NaN
-sends NaN, every rank gets NaN back, and no memory anywhere keeps anything of that step.
+sends NaN, every rank gets NaN back, and no memory keeps anything of that flat gradient, to rounding.
 """
 
 from dataclasses import dataclass
