@@ -37,6 +37,8 @@ def operators():
     """setup()'s arguments for thinwire._C, or none."""
     if CPP == "0":
         return {}
+    if os.name != "posix":
+        return without_operators("no one has compiled them with anything but GCC and Clang")
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -76,7 +78,7 @@ def operators():
         "thinwire._C",
         sources,
         extra_compile_args={
-            "cxx": flags if os.name == "posix" else ["/O2", "/fp:precise"],
+            "cxx": flags,
             "nvcc": ["-O3", "-fmad=false"],
         },
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],

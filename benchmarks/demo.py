@@ -20,7 +20,7 @@ from pathlib import Path
 
 import thinwire
 import torch
-from demo_rank import BEST, CONTESTANTS, TUNING
+from demo_rank import BEST, CONTESTANTS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -144,17 +144,19 @@ def _configuration(args, net):
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "ranks": args.ranks, "mbit": args.mbit, "shaped": net.shaped, "why_not_shaped": net.why,
         "seconds": args.seconds, "seed": args.seed,
-        "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
+        "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "thinwire": thinwire.__version__, "native": thinwire.ops.native("cpu")},
         "contestants": contestants, "best": {f.name: str(getattr(BEST, f.name)) for f in dataclasses.fields(BEST)},
-        "tuning": TUNING, "methods": {},
+        "methods": {},
     }  # fmt: skip
 
 
-def _cpu():
+def machine() -> dict:
+    """What the figures were measured on."""
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.processor()
+    return {"cpu": found[1] if found else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+            "system": platform.platform()}  # fmt: skip
 
 
 # ---- the table, for the terminal and for README.md ----

@@ -40,23 +40,9 @@ def _best(ddp, optimizer):
     return thinwire.attach(ddp, BEST, optimizer=optimizer)
 
 
-# One optimizer for all: it was the better of the few tried for PowerSGD and for ours alike.
-ADAMW = {"lr": 3e-3, "betas": (0.0, 0.95)}
-
-# What the choice rests on, and what it does not. Kept in demo.json, so that nobody takes it for a full search.
-TUNING = {
-    "how": "the methods written out again for 4 ranks in one process, float32, a smaller model (width 128, 3 layers), "
-           "seed 0; held-out loss by step",
-    "ran": [
-        {"method": "nominated 2 %, blocks of 16", "optimizer": "AdamW 3e-3, betas (0, 0.95)", "220": 2.4361},
-        {"method": "nominated 2 %, blocks of 16, momentum=0.9", "optimizer": "SGD 0.1", "220": 2.7841},
-        {"method": "PowerSGD rank 1", "optimizer": "AdamW 3e-3, betas (0, 0.95)", "220": 2.6132},
-        {"method": "PowerSGD rank 1", "optimizer": "SGD 0.1, momentum 0.9", "220": 2.8930},
-        {"method": "dense", "optimizer": "AdamW 3e-3, betas (0.9, 0.95)", "22": 2.9785, "45": 2.9217, "90": 2.8260},
-    ],
-    "not_run": "learning rates beside these, the paper's BlockSparse() and fp16 at any, dense with betas (0, 0.95), "
-               "topk, other densities and block sizes, wire dtypes, and all of it at the demo's own size",
-}  # fmt: skip
+# Of each method's grid the best after the steps that the demo's time allows it; see results/tuning.json.
+def _adamw(lr, beta1):
+    return {"lr": lr, "betas": (beta1, 0.95)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +66,14 @@ class Contestant:
 CONTESTANTS = {
     "noop": Contestant("no exchange at all", lambda ddp, _: ddp.register_comm_hook(None, debugging_hooks.noop_hook),
                        "AdamW", {"lr": 0.0}, trains=False, fixed_seconds=6),
-    "dense": Contestant("plain DDP", lambda *_: None, "AdamW", ADAMW),
+    "dense": Contestant("plain DDP", lambda *_: None, "AdamW", _adamw(3e-3, 0.0)),
     "fp16": Contestant("PyTorch's fp16 hook",
                        lambda ddp, _: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
-                       "AdamW", ADAMW),
+                       "AdamW", _adamw(3e-3, 0.0)),
     # On Gloo PowerSGD hangs as soon as two buckets are in flight, so it gets one, and a watchdog.
-    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", _powersgd, "AdamW", ADAMW, one_bucket=True),
-    "paper": Contestant("BlockSparse(), the paper", _paper, "AdamW", ADAMW),
-    "best": Contestant("BlockSparse, nominated 2 %", _best, "AdamW", ADAMW, one_bucket=True),
+    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", _powersgd, "AdamW", _adamw(3e-3, 0.0), one_bucket=True),
+    "paper": Contestant("BlockSparse(), the paper", _paper, "AdamW", _adamw(3e-3, 0.0)),
+    "best": Contestant("BlockSparse, nominated 2 %", _best, "AdamW", _adamw(3e-3, 0.0), one_bucket=True),
 }  # fmt: skip
 
 
@@ -100,8 +86,9 @@ class Clock:
 
     GO_ON, EVALUATE, STOP = range(3)
 
-    def __init__(self, seconds: float, evaluations: int):
+    def __init__(self, seconds: float, evaluations: int, most_steps: float = float("inf")):
         self.group = dist.new_group()
+        self.most_steps = most_steps
         self.seconds, self.every = seconds, seconds / evaluations
         self.elapsed, self.evaluated, self.steps = 0.0, 0.0, []
 
@@ -109,7 +96,8 @@ class Clock:
         self._began = time.perf_counter()
         step = statistics.median(self.steps[-10:]) if self.steps else 0.0
         verdict = self.GO_ON
-        if self.elapsed + 2 * step > self.seconds:  # after this step, one more would not fit
+        # After this step, one more would not fit, or is not wanted.
+        if self.elapsed + 2 * step > self.seconds or len(self.steps) + 1 >= self.most_steps:
             verdict = self.STOP
         elif self.elapsed + step - self.evaluated >= self.every:
             verdict = self.EVALUATE
@@ -129,7 +117,7 @@ class Clock:
 
 def main():
     args = _arguments()
-    contestant = CONTESTANTS[args.method]
+    contestant = _overridden(CONTESTANTS[args.method], args)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     # A rank that stands still ends with a traceback. Gloo's own timeout is longer, to leave that to us.
@@ -146,7 +134,7 @@ def main():
     ddp = DistributedDataParallel(model, init_sync=False, bucket_cap_mb=1000 if contestant.one_bucket else None)
     optimizer = getattr(torch.optim, contestant.optimizer)(model.parameters(), **contestant.options)
     handle = contestant.attach(ddp, optimizer)
-    clock = Clock(contestant.fixed_seconds or args.seconds, EVALUATIONS)
+    clock = Clock(contestant.fixed_seconds or args.seconds, EVALUATIONS, args.steps or float("inf"))
 
     def evaluate():
         if contestant.trains:
@@ -205,11 +193,23 @@ def _reporter(rank):
     return report
 
 
+def _overridden(contestant, args):
+    """The contestant with the options that the command line gives instead of its own."""
+    contestant = dataclasses.replace(contestant, options=contestant.options | json.loads(args.options))
+    if args.knobs == "{}":
+        return contestant
+    method = dataclasses.replace(BEST, **json.loads(args.knobs))
+    return dataclasses.replace(contestant, attach=lambda ddp, opt: thinwire.attach(ddp, method, optimizer=opt))
+
+
 def _arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=CONTESTANTS, required=True)
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="end after so many steps, if the time does not end before")
+    parser.add_argument("--options", default="{}", help="JSON: options of the optimizer instead of the contestant's")
+    parser.add_argument("--knobs", default="{}", help="JSON: fields of our best method instead of its own")
     parser.add_argument("--patience", type=float, default=30, help="seconds without a step that make a hang")
     return parser.parse_args()
 

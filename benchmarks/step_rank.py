@@ -14,7 +14,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, powerSG
 from torch.nn.parallel import DistributedDataParallel
 
 TURN = 10  # steps of one method before the next has its turn; the first of them is not counted
-NOMINATED = thinwire.BlockSparse("nominated", density=0.01)
+OURS = {
+    "nominated": thinwire.BlockSparse("nominated", density=0.01),
+    "nominated-bf16": thinwire.BlockSparse("nominated", density=0.01, wire_dtype=torch.bfloat16),
+}
 
 
 class Contestant:
@@ -32,8 +35,8 @@ class Contestant:
         elif name == "powersgd":
             state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
             self.ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        elif name == "nominated":
-            self.handle = thinwire.attach(self.ddp, NOMINATED)
+        else:
+            self.handle = thinwire.attach(self.ddp, OURS[name])
         self.seconds, self.bytes = [], []
 
     def step(self, batch) -> None:
@@ -45,7 +48,7 @@ class Contestant:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--methods", nargs="+", default=["noop", "nominated", "powersgd"])
+    parser.add_argument("--methods", nargs="+", default=["noop", *OURS, "powersgd"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -76,7 +79,7 @@ def main():
             if contestant.handle:
                 stats = contestant.handle.stats()
                 row |= {k: 1e3 * stats[k] / stats["steps"] for k in ("encode_s", "exchange_s", "decode_s")}
-                row["estimate"] = thinwire.estimate(NOMINATED, contestant.model, n)["bytes_sent"]
+                row["estimate"] = thinwire.estimate(OURS[name], contestant.model, n)["bytes_sent"]
                 if contestant.bytes:
                     row["interface"], row["stats"] = (statistics.mean(column) for column in zip(*contestant.bytes))
             print("RESULT " + json.dumps(row), flush=True)

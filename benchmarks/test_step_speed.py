@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from step_rank import OURS
 from thinnet import ThinNet
 
 RANKS, MBIT = 4, 100
@@ -34,9 +35,10 @@ def report(benchmark, **figures):
     print("\n" + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
 
 
-def test_nominated_step(benchmark, rows):
+@pytest.mark.parametrize("method", OURS)
+def test_nominated_step(benchmark, rows, method):
     benchmark.pedantic(lambda: None)  # the timing is the ranks' own
-    ours, noop, powersgd = (rows[name] for name in ("nominated", "noop", "powersgd"))
+    ours, noop, powersgd = (rows[name] for name in (method, "noop", "powersgd"))
     report(
         benchmark,
         nominated_ms=ours["median_ms"], noop_ms=noop["median_ms"], powersgd_ms=powersgd["median_ms"],
@@ -47,9 +49,10 @@ def test_nominated_step(benchmark, rows):
     assert ours["median_ms"] < 2 * noop["median_ms"]
 
 
-def test_bytes(benchmark, rows):
+@pytest.mark.parametrize("method", OURS)
+def test_bytes(benchmark, rows, method):
     benchmark.pedantic(lambda: None)
-    ours = rows["nominated"]
+    ours = rows[method]
     report(
         benchmark,
         interface=ours["interface"], stats=ours["stats"], estimate=ours["estimate"],

@@ -48,4 +48,5 @@ if rank == 0:
     print(f"{stats['bytes_sent'] / stats['steps']:.0f} bytes sent a step, "
           f"{stats['compression']:.1f} times fewer than plain DDP")  # fmt: skip
     print(stats)
+dist.barrier()  # rank 0 was evaluating: on Gloo, a rank that leaves much earlier than another may abort
 dist.destroy_process_group()

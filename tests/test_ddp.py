@@ -219,6 +219,75 @@ def test_a_step_that_overflows_is_skipped_everywhere_and_leaves_no_trace(ranks, 
         assert finite and undone and equal
 
 
+def one_bad_bucket(rank, n, method):
+    """inf on rank 1 in the last layer's bucket only: what becomes of that bucket, and of the others."""
+    runs = []
+    for spoil in (False, True):
+        model = mlp()
+        ddp = wrap(model)
+        optimizer, batches = sgd(ddp), data(rank)
+        handle = attach(ddp, method, optimizer)
+        for _ in range(3):
+            step(ddp, optimizer, next(batches))
+        before = handle.state_dict()["memory"]["residual"]
+        if spoil and rank == 1:
+            model[-2].weight.register_hook(lambda grad: grad * float("inf"))
+        optimizer.zero_grad()
+        x, y = next(batches)
+        ((ddp(x) - y) ** 2).mean().backward()
+        runs.append((before, handle.state_dict()["memory"]["residual"],
+                     {name: p.grad.clone() for name, p in model.named_parameters()}))  # fmt: skip
+    (before, good, good_grads), (_, mixed, mixed_grads) = runs
+    spoilt = [name for name, grad in mixed_grads.items() if not torch.isfinite(grad).all()]
+    undone = all(torch.allclose(mixed[name], before[name], rtol=1e-5, atol=1e-6) for name in spoilt)
+    rest = [name for name in good if name not in spoilt]
+    same = all(torch.equal(mixed[name], good[name]) and torch.equal(mixed_grads[name], good_grads[name]) for name in rest)
+    return spoilt, len(rest), undone, same
+
+
+@pytest.mark.parametrize("method", [TOPK, BlockSparse("nominated", density=0.1)], ids=label)
+def test_one_bucket_that_overflows_leaves_the_others_alone(ranks, method):
+    results = ranks(2).run(one_bad_bucket, method)
+    for spoilt, rest, undone, same in results:
+        assert spoilt == results[0][0] and "10.weight" in spoilt and rest >= 6
+        assert undone and same
+
+
+def copied(rank, n):
+    """A deep copy of a DDP model with a hook says that it has lost it, trains as plain DDP, and can be attached."""
+    import copy
+    import logging
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("thinwire").addHandler(handler)
+    try:
+        ddp = wrap(mlp())
+        optimizer, batches = sgd(ddp), data(rank)
+        handle = attach(ddp, TOPK, optimizer)
+        step(ddp, optimizer, next(batches))
+        twin = copy.deepcopy(ddp)
+    finally:
+        logging.getLogger("thinwire").removeHandler(handler)
+    plain = wrap(copy.deepcopy(ddp.module))
+    batch = next(batches)
+    step(twin, sgd(twin), batch)
+    step(plain, sgd(plain), batch)
+    as_plain = torch.equal(flat(twin.parameters()), flat(plain.parameters()))
+    again = attach(twin, TOPK)
+    step(twin, sgd(twin), next(batches))
+    step(ddp, optimizer, next(batches))
+    return said, as_plain, again.stats()["steps"], handle.stats()["steps"]
+
+
+def test_a_copy_of_the_model_says_that_it_lost_its_hook(ranks):
+    for said, as_plain, twin_steps, steps in ranks(2).run(copied):
+        assert len(said) == 1 and "thinwire.attach" in said[0]
+        assert as_plain and steps == 2
+        assert twin_steps == 1
+
+
 def rescaled(rank, n):
     """The same run at two scales, the second changing on the way, must keep the same unscaled residual."""
     finals = []

@@ -13,8 +13,9 @@ def check_model(ddp, hooks_allowed: int = 0) -> None:
             f"attach got a {type(ddp).__name__}: it must be a DistributedDataParallel; wrap the model first: "
             "attach(DistributedDataParallel(model), ...)"
         )
-    if len(ddp._comm_hooks) > hooks_allowed:
-        names = ", ".join(getattr(hook, "__qualname__", str(hook)) for hook, _ in ddp._comm_hooks)
+    live = [(hook, state) for hook, state in ddp._comm_hooks if not getattr(state, "is_copy", False)]
+    if len(live) > hooks_allowed:
+        names = ", ".join(getattr(hook, "__qualname__", str(hook)) for hook, _ in live)
         raise ValueError(f"this DistributedDataParallel already has a communication hook ({names}); DDP allows one")
     if getattr(ddp, "mixed_precision", None) is not None:
         raise ValueError(

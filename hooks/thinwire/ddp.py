@@ -2,6 +2,7 @@
 """The front door for DistributedDataParallel: ``attach``, or ``register_comm_hook(HookState(...), hook)``."""
 
 import gc
+import logging
 import time
 
 import torch
@@ -15,6 +16,8 @@ from thinwire.memory import wide
 from thinwire.methods import Method
 from thinwire.names import parameter_names
 from thinwire.stats import ring_all_reduce_bytes
+
+_log = logging.getLogger("thinwire")
 
 
 def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None, grad_scaler=None) -> "HookState":
@@ -48,9 +51,16 @@ class HookState(Handle):
     ``momentum`` see to it yourself that the optimizer's is 0.
     """
 
+    is_copy = False
+
     def __init__(self, method: Method, *, grad_scaler=None):
         super().__init__(method, grad_scaler)
         self._names: dict[torch.Tensor, str] | None = None
+
+    def __reduce__(self):
+        """What copy and pickle make of it: the method alone, and a warning, because DDP copies hooks but does not
+        call the copies."""
+        return _copied, (type(self), self.method)
 
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take names, sizes and the process group from the model."""
@@ -108,6 +118,15 @@ class HookState(Handle):
         everyone = [None] * self._group.size()
         dist.all_gather_object(everyone, thing, group=self._group)
         return everyone
+
+
+def _copied(kind, method):
+    _log.warning("thinwire: a DistributedDataParallel with a hook was copied or unpickled. PyTorch never calls the "
+                 "hook of the copy, so if you train it, it averages whole gradients: call thinwire.attach on it, which "
+                 "starts without memory.")  # fmt: skip
+    state = kind(method)
+    state.is_copy = True
+    return state
 
 
 def _completed(value):
