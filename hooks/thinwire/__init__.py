@@ -1,11 +1,15 @@
 """Data-parallel training where the network is thin: one hook on a DDP model, or one compressor for Horovod."""
 
+from thinwire.averager import DivideAndShuffleAverager
 from thinwire.ddp import HookState, attach, hook
 from thinwire.estimate import estimate
-from thinwire.methods import BlockSparse, Dense, Method
+from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Method
 
 __version__ = "0.1.0"
-__all__ = ["BlockSparse", "Dense", "HookState", "Method", "attach", "estimate", "hook"]
+__all__ = [
+    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "HookState", "Method", "attach", "estimate",
+    "hook",
+]  # fmt: skip
 
 
 def __getattr__(name):

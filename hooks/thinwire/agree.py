@@ -7,9 +7,13 @@ _ADVICE = "every rank must be given the same method, the same model and, after a
 
 def describe(method, step: int, numels: dict[str, int]) -> dict[str, str]:
     """What must be equal on every rank, by name."""
+    return method.describe() | {"model": digest(numels), "step": str(step)}
+
+
+def digest(numels: dict[str, int]) -> str:
+    """A model's parameters, by name and size, in one line."""
     shapes = hashlib.blake2b(repr(sorted(numels.items())).encode(), digest_size=6).hexdigest()
-    model = f"{len(numels)} parameters, {sum(numels.values())} elements, digest {shapes}"
-    return method.describe() | {"model": model, "step": str(step)}
+    return f"{len(numels)} parameters, {sum(numels.values())} elements, digest {shapes}"
 
 
 def require(everyone: list[dict[str, str]]) -> None:

@@ -10,27 +10,34 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.checks import check_model, check_momentum
+from thinwire.ddp_replicas import attach_replicas
 from thinwire.exchange import AllGather, OwnerExchange, gather_now
 from thinwire.handle import Handle
 from thinwire.memory import wide
-from thinwire.methods import Method
+from thinwire.methods import DivideAndShuffle, Method
 from thinwire.names import parameter_names
+from thinwire.replicas import Replicas
 from thinwire.stats import ring_all_reduce_bytes
 
 _log = logging.getLogger("thinwire")
 
 
-def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None, grad_scaler=None) -> "HookState":
-    """Make a DDP model average its gradients by ``method``. Call it once, on every rank, before the first backward.
+def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None,
+           grad_scaler=None) -> "HookState | Replicas":  # fmt: skip
+    """Make a DDP model average by ``method``. Call it once, on every rank, before the first backward.
 
     ddp: a DistributedDataParallel, or what torch.compile made of one. optimizer: needed where the method keeps
-    momentum itself, to see that the optimizer keeps none. grad_scaler: the torch.amp.GradScaler in use, if any, with
-    a method that has a memory: the memory is kept in step when the scale changes.
+    momentum itself, to see that the optimizer keeps none, and by DivideAndShuffle, which averages when it has made
+    its step. grad_scaler: the torch.amp.GradScaler in use, if any: a memory is kept in step when the scale changes,
+    and with DivideAndShuffle a step that one rank skips does not stop the others.
 
-    Returns the handle, with ``stats()``, ``state_dict()`` and ``load_state_dict()``. Raises TypeError or ValueError
-    for a model, method or optimizer that cannot work, before anything is changed.
+    Returns the handle, with ``stats()``, ``state_dict()`` and ``load_state_dict()``; of DivideAndShuffle it is a
+    :class:`thinwire.replicas.Replicas`. Raises TypeError or ValueError for a model, method or optimizer that cannot
+    work, before anything is changed.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)
+    if isinstance(method, DivideAndShuffle):
+        return attach_replicas(ddp, method, optimizer, grad_scaler)
     state = HookState(method, grad_scaler=grad_scaler)
     check_model(ddp)
     check_momentum(method, optimizer)

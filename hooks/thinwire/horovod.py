@@ -16,6 +16,7 @@ import torch
 
 from thinwire.checks import check_gradient, check_momentum
 from thinwire.handle import Handle
+from thinwire.horovod_replicas import DivideAndShuffleAverager
 from thinwire.methods import Method
 from thinwire.reducer import Encoded
 from thinwire.stats import ring_all_reduce_bytes
@@ -25,6 +26,8 @@ try:
     import horovod.torch as hvd
 except ImportError as error:
     hvd, _why_not = None, error
+
+__all__ = ["Compressor", "DivideAndShuffleAverager"]
 
 _log = logging.getLogger("thinwire")
 

@@ -1,4 +1,4 @@
-"""What to do with a gradient, as values: frozen, validated where they are made, compared across ranks in step one."""
+"""What to do with gradients or replicas, as values: frozen, validated where they are made, compared in step one."""
 
 import math
 from dataclasses import dataclass, fields
@@ -6,10 +6,13 @@ from numbers import Integral, Real
 
 import torch
 
+from thinwire import schedules
+
 RANDOM = ("independent", "permuted", "shared")
 HEAVIEST = ("topk", "nominated")
 MEMORIES = ("none", "error_feedback", "control_variate")
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OVERLAPS = ("none", "bucket", "delayed")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,89 @@ class BlockSparse(Method):
         return tuple(counts)
 
 
+@dataclass(frozen=True)
+class DivideAndShuffle(Method):
+    """Ranks step on their own gradients and average their parameters in small groups that change (DS-Sync).
+
+    After every optimizer step each rank averages its parameters with the other ranks of its group; the next round has
+    other groups. The mean over all ranks moves as with plain DDP, so keep its learning rate; the replicas differ by
+    a little, as ``handle.consistency()`` shows. Nothing else of the gradients travels.
+
+    group_size: the most ranks in a group, at least 2. None is the divisor of world_size next to its square root.
+    schedule: the cycle of partitions, as a name or as a value of :mod:`thinwire.schedules`.
+        ``butterfly``  the exact mean after each cycle where the prime factors of world_size are at most group_size;
+                       a ring elsewhere
+        ``ring``       any number of ranks, ragged groups
+        ``random``     a seeded cycle over a fixed family of 8 random partitions
+        ``hosts``      three rounds in four inside a host, one across; see :class:`thinwire.schedules.Hosts`
+    average_buffers: average floating-point buffers (BatchNorm's statistics) too. Integer ones are left.
+    average_optimizer_state: average ``exp_avg`` and ``exp_avg_sq`` of Adam-like optimizers too, which otherwise
+        take smaller steps than with plain DDP, in directions that differ. True is in every round, a number k in
+        every k-th (of a cycle of its own), False never; "auto" is True for optimizers with betas and else False.
+        It triples what a round sends. Momentum buffers of SGD are linear and need no average.
+    overlap: what runs while averages travel.
+        ``none``     nothing: the optimizer's step, then the average
+        ``bucket``   the step goes through the parameters in pieces, and each piece travels while the next is
+                     stepping; the same bits as none. For torch.optim's elementwise optimizers
+        ``delayed``  the average of the parameters x_t travels while the gradient at x_t is computed, and is applied
+                     after that step: x_(t+1) = average(x_t) - lr * g(x_t). Other iterates, the same fixed points.
+                     Costs two buffers of the size of the model
+    global_every: every so many rounds average over all ranks instead; 0 is never.
+    blocks: average only some blocks of the parameters in each round, as a ``BlockSparse("shared")`` without memory.
+        That is the only sound composition: all ranks of a group must average the same blocks, or the mean moves;
+        and error feedback would add stale differences of replicas.
+    seed: of the random schedule, in [0, 2**63). The same on every rank.
+
+    Raises TypeError or ValueError for a wrong value or a combination that cannot be right.
+    """
+
+    group_size: int | None = None
+    schedule: str | schedules.Schedule = "butterfly"
+    average_buffers: bool = True
+    average_optimizer_state: str | bool | int = "auto"
+    overlap: str = "none"
+    global_every: int = 0
+    blocks: BlockSparse | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.group_size is not None:
+            _check_integer(self, "group_size", 2)
+        if not isinstance(self.schedule, schedules.Schedule):
+            _check_one_of(self, "schedule", tuple(schedules.BY_NAME))
+        _check_one_of(self, "average_buffers", (True, False))
+        if self.average_optimizer_state != "auto" and not isinstance(self.average_optimizer_state, bool):
+            _check_integer(self, "average_optimizer_state", 1)
+        _check_one_of(self, "overlap", OVERLAPS)
+        _check_integer(self, "global_every", 0)
+        _check_integer(self, "seed", 0, 2**63)
+        self._check_blocks()
+
+    def partitions(self, world_size: int, hosts: tuple[str, ...] = ()) -> tuple[schedules.Partition, ...]:
+        """The cycle of partitions for these ranks. Raises ValueError where group_size is above world_size."""
+        size = schedules.default_group_size(world_size) if self.group_size is None else self.group_size
+        if size > world_size:
+            raise ValueError(f"{_given(self, 'group_size')}: there are only {world_size} ranks")
+        schedule = schedules.BY_NAME[self.schedule] if isinstance(self.schedule, str) else self.schedule
+        return schedule.partitions(world_size, size, self.seed, hosts)
+
+    def _check_blocks(self):
+        if self.blocks is None:
+            return
+        if not isinstance(self.blocks, BlockSparse):
+            raise TypeError(f"{_given(self, 'blocks')}: blocks must be a BlockSparse or None")
+        reasons = {
+            "selection": ("shared", "ranks that average different blocks would move the mean"),
+            "memory": ("none", "a residual of a gradient is no difference of replicas"),
+            "wire_dtype": (torch.float32, "parameters are averaged in their own precision"),
+        }
+        for name, (needed, reason) in reasons.items():
+            if getattr(self.blocks, name) != needed:
+                raise ValueError(f"DivideAndShuffle(blocks={self.blocks}): its {name} must be {needed!r}: {reason}")
+        if self.overlap == "delayed":
+            raise ValueError("DivideAndShuffle(overlap='delayed', blocks=...): use overlap='none' or 'bucket' with blocks")
+
+
 def block_sparse(method: Method) -> BlockSparse:
     """The method as the reducer runs it.
 
@@ -148,6 +234,11 @@ def block_sparse(method: Method) -> BlockSparse:
         return method.as_block_sparse()
     if isinstance(method, BlockSparse):
         return method
+    if isinstance(method, DivideAndShuffle):
+        raise TypeError(
+            f"method is {method!r}: it averages parameters, not gradients; use thinwire.attach(ddp, method, "
+            "optimizer=optimizer), or with Horovod thinwire.horovod.DivideAndShuffleAverager"
+        )
     hint = f"; call it: thinwire.{method.__name__}()" if isinstance(method, type) and issubclass(method, Method) else ""
     raise TypeError(f"method is {method!r}: it must be a thinwire method, such as thinwire.BlockSparse(){hint}")
 

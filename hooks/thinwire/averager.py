@@ -1,0 +1,73 @@
+"""Divide-and-Shuffle as PyTorch's ModelAverager: for PostLocalSGDOptimizer, or a loop that averages by itself."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
+
+from thinwire import agree, hosts
+from thinwire.groups import Groups
+from thinwire.means import pieces
+from thinwire.methods import DivideAndShuffle
+from thinwire.rounds import Rounds
+from thinwire.stats import Stats
+
+
+class DivideAndShuffleAverager(ModelAverager):
+    """Averages parameters in the groups of a DivideAndShuffle, one round a call.
+
+    method: with ``overlap="none"``; ``average_optimizer_state`` is not used, since a ModelAverager sees parameters
+    only. module: average its floating-point buffers too, if the method does. process_group: the default one.
+
+    Give the model to DDP with a hook that leaves gradients local, such as PyTorch's ``noop_hook``, and with
+    ``broadcast_buffers=False``. ``step`` counts the calls, as in PyTorch's averagers; PostLocalSGDOptimizer saves it.
+    Making one is a collective: every rank must. Raises TypeError or ValueError, on every rank, for what cannot work.
+    """
+
+    def __init__(self, method: DivideAndShuffle | None = None, process_group: dist.ProcessGroup | None = None, *,
+                 module: torch.nn.Module | None = None):  # fmt: skip
+        super().__init__(process_group)
+        method = DivideAndShuffle() if method is None else method
+        if not isinstance(method, DivideAndShuffle):
+            raise TypeError(f"DivideAndShuffleAverager got method={method!r}: it must be a DivideAndShuffle")
+        if method.overlap != "none":
+            raise ValueError(
+                f"DivideAndShuffleAverager got overlap={method.overlap!r}: an averager is called when the step is "
+                "over, so it takes overlap='none'; thinwire.attach(..., optimizer=...) can do the others"
+            )
+        self._module = module
+        self._stats = Stats()
+        group = self.process_group
+        everyone = [None] * group.size()
+        dist.all_gather_object(everyone, {"host": hosts.mine(), "says": method.describe()}, group=group)
+        agree.require([one["says"] for one in everyone])
+        partitions = method.partitions(group.size(), tuple(one["host"] for one in everyone))
+        self._rounds = Rounds(method, partitions, Groups(partitions, group), self._stats)
+
+    def average_parameters(self, params) -> None:
+        """One round, over parameters or over an optimizer's parameter groups; those without gradients are left."""
+        self._rounds.done = self.step
+        round_ = self._rounds.begin()
+        for piece in pieces(_named(params)):
+            round_.send(piece, {})
+        round_.send_rest(float_buffers(self._module) if self._module and self._rounds.method.average_buffers else ())
+        round_.finish()
+        self.step += 1
+
+    def stats(self) -> dict[str, float]:
+        """As ``Handle.stats()``, of rounds instead of steps."""
+        return self._stats.as_dict()
+
+
+def float_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Its floating-point buffers by name, each once."""
+    return [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+
+
+def _named(params):
+    """Trainable parameters, each once, with their places for names."""
+    found = {}
+    for one in params:
+        for parameter in one["params"] if isinstance(one, dict) else (one,):
+            if parameter.requires_grad:
+                found.setdefault(id(parameter), parameter)
+    return [(str(i), parameter) for i, parameter in enumerate(found.values())]

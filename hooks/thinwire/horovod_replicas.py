@@ -1,0 +1,115 @@
+"""Divide-and-Shuffle's way in for Horovod: groups are process sets, and gradients are not exchanged at all."""
+
+import itertools
+
+import torch
+
+from thinwire import agree, hosts
+from thinwire.checks import check_gradient
+from thinwire.ddp_replicas import agreed_partitions, check_optimizer
+from thinwire.groups import needed
+from thinwire.methods import DivideAndShuffle
+from thinwire.names import parameter_names
+from thinwire.replicas import Replicas
+from thinwire.schedules import Group, Partition
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    hvd, _why_not = None, error
+
+_sets: dict[Group, "hvd.ProcessSet"] = {}  # Horovod allows one process set of the same ranks
+_numbers = itertools.count()  # of averagers, which are made in the same order on every rank
+
+
+class DivideAndShuffleAverager(Replicas):
+    """``thinwire.attach(ddp, DivideAndShuffle(...), optimizer=...)`` for Horovod: averages after every step.
+
+    model: after ``hvd.broadcast_parameters``. optimizer: the plain one, not ``hvd.DistributedOptimizer``, which would
+    average gradients first. process_sets: those that ``hvd.init`` was given, if any; the others that the schedule
+    needs are added, for which Horovod needs HOROVOD_DYNAMIC_PROCESS_SETS=1. They stay until Horovod shuts down and
+    are used again by further averagers. grad_scaler: as for ``thinwire.attach``.
+
+    Make one on every rank. Raises TypeError or ValueError, on every rank, for what cannot work, ImportError without
+    Horovod, RuntimeError where Horovod does not let process sets be added.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                 method: DivideAndShuffle | None = None, *, process_sets=(), grad_scaler=None):  # fmt: skip
+        if hvd is None:
+            raise ImportError(f"thinwire.horovod needs horovod.torch, which does not import here: {_why_not}")
+        method = DivideAndShuffle() if method is None else method
+        parameters = [(name, p) for p, name in parameter_names(model).items()]
+        refusal = _refusal(method, optimizer, parameters)
+        says = {} if refusal else method.describe() | {"model": agree.digest({n: p.numel() for n, p in parameters})}
+        mine = {"host": hosts.mine(), "refusal": refusal, "says": says}
+        everyone = hvd.allgather_object(mine, name="thinwire.shuffle.agree")
+        partitions = agreed_partitions(method, everyone)
+        _sets.update({tuple(sorted(one.ranks)): one for one in process_sets})
+        super().__init__(model, optimizer, method, ProcessSets(partitions), partitions, grad_scaler)
+
+
+class ProcessSets:
+    """What :class:`thinwire.groups.Groups` is, with Horovod."""
+
+    def __init__(self, partitions: tuple[Partition, ...]):
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self._label = f"thinwire.shuffle.{next(_numbers)}"
+        self._sent: dict[Group, int] = {}
+        self._groups: dict[Group, hvd.ProcessSet] = {tuple(range(self.size)): hvd.global_process_set}
+        for members in needed(partitions, self.size):
+            if members not in _sets:
+                _sets[members] = _added(members)
+            if self.rank in members:
+                self._groups[members] = _sets[members]
+
+    def __len__(self) -> int:
+        return len(self._groups) - 1
+
+    def start_sum(self, tensor: torch.Tensor, members: Group) -> "_Sum":
+        # Names come around again, so that Horovod can cache them; no more than a few are under way at a time.
+        number = self._sent[members] = (self._sent.get(members, -1) + 1) % 1024
+        name = f"{self._label}.{'-'.join(map(str, members))}.{number}"
+        return _Sum(hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._groups[members]))
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        hvd.broadcast_(tensor, 0, name=f"{self._label}.broadcast")
+
+    def gather_objects(self, thing) -> list:
+        return hvd.allgather_object(thing, name=f"{self._label}.objects")
+
+    def close(self) -> None:
+        """Nothing: other averagers may use the process sets."""
+
+
+class _Sum:
+    def __init__(self, handle):
+        self._handle = handle
+
+    def wait(self):
+        hvd.synchronize(self._handle)
+
+
+def _added(members):
+    try:
+        return hvd.add_process_set(list(members))
+    except Exception as error:
+        raise RuntimeError(
+            f"Horovod did not add a process set of ranks {list(members)} ({error}): start the job with "
+            "HOROVOD_DYNAMIC_PROCESS_SETS=1, or give hvd.init(process_sets=...) one for each group of "
+            "method.partitions(world_size), and the same list to this averager as process_sets="
+        ) from error
+
+
+def _refusal(method, optimizer, parameters):
+    try:
+        if not isinstance(method, DivideAndShuffle):
+            raise TypeError(f"method is {method!r}: it must be a DivideAndShuffle")
+        if hasattr(optimizer, "_allreduce_grad_async"):
+            raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients first: pass the plain one")
+        for name, parameter in parameters:
+            check_gradient(name, parameter)
+        check_optimizer(method, optimizer, parameters)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""

@@ -1,0 +1,223 @@
+"""A model whose replicas differ from rank to rank and are averaged in rounds: the handle of Divide-and-Shuffle."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from thinwire import agree
+from thinwire.averager import float_buffers
+from thinwire.means import Named, pieces
+from thinwire.methods import DivideAndShuffle
+from thinwire.names import parameter_names
+from thinwire.rounds import Moments, Rounds
+from thinwire.stats import Stats, ring_all_reduce_bytes
+from thinwire.stepping import StepHooks
+
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam-like optimizers call them
+
+
+class Replicas:
+    """One model, its optimizer and the rounds that average its replicas. ``thinwire.attach`` gives you one.
+
+    All methods but ``stats`` and ``state_dict`` are collectives: call them on every rank.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
+                 partitions, grad_scaler=None):  # fmt: skip
+        self.method = method
+        self.model = model
+        self._optimizer = optimizer
+        self._groups = groups
+        self._stats = Stats()
+        self._rounds = Rounds(method, partitions, groups, self._stats)
+        self._agreed = True
+        self._pending: dict[str, dict[str, torch.Tensor]] | None = None
+        self._in_flight = None
+        self._moments_every = _moments_every(method, optimizer)
+        self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
+
+    # ---- what a user calls ----
+
+    def stats(self) -> dict[str, float]:
+        """As :class:`thinwire.stats.Stats`, with rounds for steps; and process_groups, how many this rank is in
+        beside the one of all ranks."""
+        return self._stats.as_dict() | {"process_groups": len(self._groups)}
+
+    def skip_step(self) -> None:
+        """Take part in this step's round without a step of one's own.
+
+        For loops that leave out ``optimizer.step()`` on some ranks: the others of the group wait for this one. A
+        GradScaler that was given to ``attach`` does it by itself.
+        """
+        round_ = self._begin()
+        for piece in pieces(self._parameters()):
+            round_.send(piece, self.moments(piece))
+        self._end(round_)
+
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[torch.nn.Module]:
+        """The model with the mean of all replicas in it, to evaluate or to save; as it was again afterwards.
+
+        Parameters and floating-point buffers are averaged, other buffers are rank 0's: the same bits on every rank.
+        They are restored bit for bit, also when the body raises.
+        """
+        tensors = self._parameters() + list(self.model.named_buffers())
+        saved = [tensor.detach().clone() for _, tensor in tensors]
+        try:
+            self._average_over_all(with_moments=False)
+            yield self.model
+        finally:
+            for (_, tensor), one in zip(tensors, saved):
+                tensor.detach().copy_(one)
+
+    def finalize(self) -> None:
+        """Average parameters, floating-point buffers and what is averaged of the optimizer's state over all ranks:
+        replicas become bitwise equal. Training may go on."""
+        self._settle()
+        self._average_over_all(with_moments=True)
+
+    def consistency(self) -> dict:
+        """Where the replicas stand: consensus_distance, the mean over ranks of ||x_i - mean x||^2 over all
+        parameters; round, how many are done; group, the ranks that this one averages with next. Costs an average
+        over all ranks."""
+        self._land()
+        round_ = self._rounds.over_all()
+        apart = torch.zeros((), dtype=torch.float64)
+        for piece in pieces(self._parameters()):
+            mean = self._rounds.mean_of("parameters", piece, None)
+            mean.start(piece, tuple(range(self._groups.size)), self._groups, 0, self._stats, keep=True)
+            mean.wait()
+            apart += sum(float(c.double().square().sum()) for c in mean.correction())
+        round_.send([("apart", apart)], {})
+        round_.finish()
+        return {"round": self._rounds.done, "group": self._rounds.members, "consensus_distance": float(apart)}
+
+    def state_dict(self) -> dict:
+        """The round, and with overlap="delayed" the average under way: tensors, numbers and strings, one a rank.
+
+        Replicas differ, so beside it save each rank's own model and optimizer; then a resumed run is bitwise the
+        uninterrupted one. Give the model its state after wrapping it: DDP broadcasts rank 0's when it is made.
+        """
+        self._land()
+        pending = {kind: {name: t.clone() for name, t in found.items()} for kind, found in (self._pending or {}).items()}
+        return {"format": FORMAT, "method": self.method.describe(), "rank": self._groups.rank,
+                "world_size": self._groups.size, "round": self._rounds.done, "pending": pending}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit."""
+        if not isinstance(state, dict) or state.get("format") != FORMAT or "pending" not in state:
+            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"load_state_dict got {found}: not a state of DivideAndShuffle of format {FORMAT}")
+        pending = state["pending"]
+        numels = {name: t.numel() for name, t in self._parameters() + float_buffers(self.model)}
+        for name, tensor in ((n, t) for found in pending.values() for n, t in found.items()):
+            if numels.get(name) != tensor.numel():
+                raise ValueError(
+                    f"load_state_dict: the average under way of {name!r} has {tensor.numel()} elements and the model "
+                    f"has {numels.get(name, 'no such parameter or buffer')}"
+                )
+        here = {"rank": self._groups.rank, "world_size": self._groups.size}
+        for key, value in here.items() if pending else ():
+            if state[key] != value:
+                raise ValueError(
+                    f"load_state_dict: the state is of {key} {state[key]}, here it is {value}, and with "
+                    "overlap='delayed' an average is under way that belongs to its rank: call finalize() before "
+                    "saving, and load into a new handle"
+                )
+        self._rounds.done = state["round"]
+        self._pending = {kind: dict(found) for kind, found in pending.items()} or None
+        self._in_flight, self._agreed = None, False
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer and destroy the process groups that were made. Call finalize first."""
+        self._hooks.remove()
+        self._groups.close()
+
+    # ---- what StepHooks calls ----
+
+    def stepped(self) -> None:
+        """The optimizer has made its step."""
+        self.skip_step()
+
+    def pieces_to_step(self) -> Iterator[list[Named]]:
+        """The pieces, each to be stepped before the next one is asked for: it travels meanwhile."""
+        round_ = self._begin()
+        for piece in pieces(self._parameters()):
+            yield piece
+            round_.send(piece, self.moments(piece))
+        self._waiting = round_
+
+    def pieces_stepped(self) -> None:
+        """All have been stepped."""
+        round_, self._waiting = self._waiting, None
+        self._end(round_)
+
+    def moments(self, piece: list[Named]) -> Moments:
+        """What the optimizer keeps of the parameters in a piece, as far as it is averaged."""
+        if not self._moments_every:
+            return {}
+        state = self._optimizer.state
+        return {key: [state[p].get(key) if p in state else None for _, p in piece] for key in MOMENTS}
+
+    # ---- rounds ----
+
+    def _parameters(self) -> list[Named]:
+        return [(name, parameter) for parameter, name in parameter_names(self.model).items()]
+
+    def _begin(self):
+        if not self._agreed:
+            agree.require(self._groups.gather_objects({"round": str(self._rounds.done)}))
+            self._agreed = True
+        self._settle()
+        parameters = self._parameters()
+        nbytes = sum(p.numel() * p.element_size() for _, p in parameters)
+        self._stats.dense_bytes += ring_all_reduce_bytes(nbytes, self._groups.size)
+        return self._rounds.begin(self._moments_every)
+
+    def _end(self, round_):
+        round_.send_rest(float_buffers(self.model) if self.method.average_buffers else ())
+        if self.method.overlap == "delayed":
+            self._in_flight = round_
+        else:
+            round_.finish()
+
+    def _settle(self):
+        """Apply the average that was under way, if any: x += mean - what was sent."""
+        self._land()
+        if self._pending is None:
+            return
+        parameters, buffers = dict(self._parameters()), dict(float_buffers(self.model))
+        for kind, found in self._pending.items():
+            for name, correction in found.items():
+                if kind in MOMENTS:
+                    target = self._optimizer.state[parameters[name]][kind]
+                else:
+                    target = (buffers if kind == "buffers" else parameters)[name].detach()
+                target += correction.to(target.dtype)
+                if kind == "exp_avg_sq":
+                    target.clamp_(min=0)
+        self._pending = None
+
+    def _land(self):
+        """Wait for the average under way, and keep what it will change."""
+        if self._in_flight is not None:
+            self._pending, self._in_flight = self._in_flight.corrections(), None
+
+    def _average_over_all(self, with_moments):
+        self._land()
+        round_ = self._rounds.over_all()
+        for piece in pieces(self._parameters()):
+            round_.send(piece, self.moments(piece) if with_moments else {})
+        round_.send_rest(float_buffers(self.model))
+        round_.finish()
+        for _, buffer in self.model.named_buffers():
+            if not buffer.is_floating_point():
+                self._groups.broadcast(buffer)
+
+
+def _moments_every(method, optimizer):
+    """Every how many rounds the optimizer's state is averaged; 0 is never."""
+    wanted = method.average_optimizer_state
+    return int(bool(optimizer.defaults.get("betas"))) if wanted == "auto" else int(wanted)

@@ -1,0 +1,85 @@
+"""Calls back when an optimizer has made its step, or makes the step piece by piece; skipped steps too."""
+
+import torch
+
+# Each parameter's step depends on that parameter alone, so they can be stepped in pieces.
+ELEMENTWISE = (
+    "SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD",
+)  # fmt: skip
+
+
+def check_steps_in_pieces(optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError for an optimizer that is not known to treat its parameters one by one."""
+    kind = type(optimizer)
+    if not (kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE):
+        raise TypeError(
+            f"DivideAndShuffle(overlap='bucket') steps the parameters piece by piece, which is known to be right for "
+            f"torch.optim's {', '.join(ELEMENTWISE)}, and this is {kind.__module__}.{kind.__qualname__}: use "
+            "overlap='none' or 'delayed'"
+        )
+
+
+class StepHooks:
+    """Hooks on one optimizer. listener: thinwire.replicas.Replicas, whose ``stepped`` is called after every step; or
+    in_pieces, ``pieces_to_step`` and ``pieces_stepped``. grad_scaler: a step that it skips counts as a step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, listener, in_pieces: bool, grad_scaler=None):
+        self._optimizer, self._listener, self._in_pieces = optimizer, listener, in_pieces
+        self._params: list[list[torch.Tensor]] | None = None
+        self._called = 0
+        self._removable = [
+            optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
+        ]  # fmt: skip
+        self._scaler = grad_scaler
+        if grad_scaler is not None:
+            self._scalers_step = grad_scaler.step
+            grad_scaler.step = self._scaler_step
+
+    def remove(self) -> None:
+        for one in self._removable:
+            one.remove()
+        if self._scaler is not None and self._scaler.__dict__.get("step") == self._scaler_step:
+            del self._scaler.step
+
+    def _before(self, optimizer, args, kwargs):
+        if not self._in_pieces or any(one is not None for one in (*args, *kwargs.values())):
+            return  # a closure computes the gradients only now
+        groups = optimizer.param_groups
+        params = [group["params"] for group in groups]
+        step = type(optimizer).step
+        step = getattr(step, "__wrapped__", step)  # without the hooks, which have been called for the whole step
+        ours = set()
+        try:
+            for piece in self._listener.pieces_to_step():
+                chosen = {id(parameter) for _, parameter in piece}
+                ours |= chosen
+                self._restrict(groups, params, lambda p, chosen=chosen: id(p) in chosen)
+                step(optimizer)
+        except BaseException:
+            self._restrict(groups, params, lambda p: True)
+            raise
+        self._restrict(groups, params, lambda p: id(p) not in ours)  # what is not the model's: the step that follows
+        self._params = params
+
+    def _after(self, optimizer, args, kwargs):
+        self._called += 1
+        if self._params is None:
+            self._listener.stepped()
+            return
+        for group, params in zip(optimizer.param_groups, self._params):
+            group["params"] = params
+        self._params = None
+        self._listener.pieces_stepped()
+
+    def _scaler_step(self, optimizer, *args, **kwargs):
+        before = self._called
+        result = self._scalers_step(optimizer, *args, **kwargs)
+        if getattr(optimizer, "optimizer", optimizer) is self._optimizer and self._called == before:
+            self._listener.stepped()
+        return result
+
+    @staticmethod
+    def _restrict(groups, params, keep):
+        for group, all_of_it in zip(groups, params):
+            group["params"] = [p for p in all_of_it if keep(p)]
