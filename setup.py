@@ -115,7 +115,6 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
-        "horovod": ["horovod>=0.28.1"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "expecttest", "scikit-learn"],
         "bench": ["pytest", "pytest-benchmark", "rich", "matplotlib"],
     },

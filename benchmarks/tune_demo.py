@@ -22,7 +22,7 @@ from thinnet import ThinNet
 HERE = Path(__file__).resolve().parent
 # What 34 s over 100 Mbit/s links allow, from results/demo.json.
 STEPS = {"dense": 19, "fp16": 34, "paper": 34, "powersgd": 180, "best": 180}
-GRID = [{"lr": lr, "betas": [beta1, 0.95]} for lr, beta1 in itertools.product((1e-3, 3e-3, 1e-2), (0.0, 0.5, 0.9))]
+GRID = [{"lr": lr, "betas": [beta1, 0.95]} for lr, beta1 in itertools.product((1e-3, 3e-3, 1e-2, 5e-4, 2.5e-4), (0.0, 0.5, 0.9))]
 KNOBS = [{"density": density, "block_size": size} for density, size in itertools.product((0.01, 0.02, 0.04), (16, 64))]
 
 

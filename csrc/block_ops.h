@@ -16,6 +16,12 @@ enum Column { START, NUMEL, FIRST_BLOCK, SLOTS, FIRST_SLOT, OFFSET, COLUMNS };
 enum Status : int32_t { TOUCHED = 1, NONFINITE = 2 };
 constexpr int LANES = 16;  // interleaved partial sums of a block's squared norm
 
+// Gradients beyond this count as overflowed in a memory: squared norms and what a wire dtype makes of sums stay finite.
+template <typename Wide>
+constexpr Wide LARGEST = static_cast<Wide>(0x1p62);
+template <>
+constexpr double LARGEST<double> = 0x1p500;
+
 // One parameter of the flat tensor: a row of the table.
 struct Segment {
     int64_t start, numel, first_block, slots, first_slot, offset, block_size, blocks;

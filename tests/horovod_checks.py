@@ -16,7 +16,7 @@ from pathlib import Path
 import models
 import thinwire
 import torch
-from thinwire import BlockSparse, Dense, ops
+from thinwire import BlockSparse, Dense, DivideAndShuffle, ops
 from thinwire.blocks import Layout
 
 try:
@@ -62,6 +62,8 @@ WITH_FEEDBACK = [m for m in EACH if m.memory == "error_feedback"]
 def label(method):
     if isinstance(method, Dense):
         return "dense"
+    if isinstance(method, DivideAndShuffle):
+        return f"{method.schedule}-{method.overlap}"
     options = [option for option in ("momentum", "warmup_steps") if getattr(method, option)]
     return "-".join([models.label(method), *options])
 
@@ -861,6 +863,96 @@ def stats_of_nominated():
     assert 4 < stats["compression"] < 20, stats
     half = train(method("nominated", "error_feedback", torch.float16, density=0.05), 5)[1].stats()
     assert 0.5 < half["bytes_sent"] / stats["bytes_sent"] < 0.8, half
+
+
+# ---- Divide-and-Shuffle ----
+
+
+def shuffled(method, optimizer=None, model=None):
+    """Model, optimizer and averager as a user makes them."""
+    model = small() if model is None else model
+    optimizer = models.sgd(model, momentum=0.9) if optimizer is None else optimizer(model.parameters())
+    sets = [PAIR] if hvd.size() == 3 else []
+    return model, optimizer, thinwire.horovod.DivideAndShuffleAverager(model, optimizer, method, process_sets=sets)
+
+
+def step_shuffled(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss_of(model, batch).backward()
+    optimizer.step()
+
+
+@check(*(DivideAndShuffle(group_size=2, schedule=s, overlap=o) for s, o in (("ring", "none"), ("random", "bucket"))),
+       ranks=(2, 3))  # fmt: skip
+def shuffled_rounds(method):
+    """Against local steps and averages written out."""
+    model, optimizer, averager = shuffled(method)
+    alone = small()
+    alone_optimizer = models.sgd(alone, momentum=0.9)
+    batches, alone_batches = data(), data()
+    partitions = method.partitions(hvd.size())
+    for t in range(len(partitions) + 1):
+        step_shuffled(model, optimizer, next(batches))
+        step_shuffled(alone, alone_optimizer, next(alone_batches))
+        members = next(group for group in partitions[t % len(partitions)] if hvd.rank() in group)
+        with torch.no_grad():
+            parameters = torch.nn.utils.parameters_to_vector(alone.parameters())
+            mean = everyone(parameters)[list(members)].mean(0)
+            torch.nn.utils.vector_to_parameters(mean, alone.parameters())
+        assert gap(alone, model) < 1e-6
+    assert averager.stats()["steps"] == len(partitions) + 1
+    distance = averager.consistency()["consensus_distance"]
+    rows = everyone(models.flat(model.parameters()))
+    assert abs(distance - float((rows - rows.mean(0)).square().sum(1).mean())) < 1e-6 * max(distance, 1e-3)
+
+
+@check(ranks=(3,))
+def shuffled_averages():
+    """averaged_model is the same everywhere and leaves no trace; finalize makes replicas equal, Adam's state too."""
+    model = torch.nn.Sequential(small(2), torch.nn.BatchNorm1d(WIDTH))
+    model, optimizer, averager = shuffled(
+        DivideAndShuffle(group_size=2), lambda ps: torch.optim.AdamW(ps, lr=1e-2), model
+    )
+    batches = data()
+    for _ in range(4):
+        step_shuffled(model, optimizer, next(batches))
+    before = [t.clone() for t in model.state_dict().values()]
+    assert not same_everywhere(model)
+    with averager.averaged_model():
+        assert same_everywhere(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
+    averager.finalize()
+    assert same_everywhere(model)
+    rows = everyone(models.flat(optimizer.state[p]["exp_avg_sq"] for p in model.parameters()))
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    assert averager.state_dict()["round"] == 4
+
+
+@check(ranks=(2, 3))
+def shuffled_refusals():
+    model = small(2)
+    wrapped = hvd.DistributedOptimizer(models.sgd(model), model.named_parameters())
+    raised(ValueError, lambda: thinwire.horovod.DivideAndShuffleAverager(model, wrapped), "rank 0", "plain one")
+    other = DivideAndShuffle(schedule="ring" if hvd.rank() else "random")
+    raised(ValueError, lambda: shuffled(other), "schedule: random on rank 0, ring on rank 1")
+    raised(ValueError, lambda: shuffled(DivideAndShuffle(group_size=4)), "there are only")
+
+
+@check(ranks=(2,))
+def shuffled_skips():
+    """A GradScaler's skipped step on one rank."""
+    model = small(2)
+    optimizer = models.sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    averager = thinwire.horovod.DivideAndShuffleAverager(model, optimizer, grad_scaler=scaler)
+    batches = data()
+    for t in range(4):
+        optimizer.zero_grad()
+        loss = loss_of(model, next(batches))
+        scaler.scale(loss * float("inf") if t == 1 and hvd.rank() == 1 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert averager.stats()["steps"] == 4 and same_everywhere(model)
 
 
 def main(directory, names):

@@ -33,17 +33,20 @@ class Ranks:
         for inbox in self._inboxes:
             inbox.put((function, args))
         results, failures = [None] * self.n, []
-        for _ in range(self.n):
-            try:
-                rank, ok, value = self._outbox.get(timeout=seconds)
-            except queue.Empty:
-                self.stop()
-                raise RankError(f"{function.__name__}: no answer within {seconds:g} s from {self.n} ranks") from None
-            results[rank] = value
-            if not ok:
-                failures.append(f"rank {rank}:\n{value}")
+        try:
+            for _ in range(self.n):
+                # Once one has failed, the others may be waiting for it inside a collective.
+                rank, ok, value = self._outbox.get(timeout=20.0 if failures else seconds)
+                results[rank] = value
+                if not ok:
+                    failures.append(f"rank {rank}:\n{value}")
+        except queue.Empty:
+            failures.append(f"{function.__name__}: no answer in time from all of {self.n} ranks")
+        except BaseException:  # pytest's own timeout, say
+            self.stop()
+            raise
         if failures:
-            self.stop()  # the others may be left inside a collective
+            self.stop()
             raise RankError("\n".join(failures))
         return results
 

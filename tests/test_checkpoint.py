@@ -152,7 +152,9 @@ def refused(rank, n, shards):
     other_method = handle.state_dict()
     other_method["method"]["memory"] = "control_variate"
     messages = []
-    for bad in (shards[0], shards[:2], other_shape, unknown, other_method, {"weights": 1}, None):
+    no_step = {key: value for key, value in handle.state_dict().items() if key != "step"}
+    other_step = [shards[0], shards[1], shards[2] | {"step": 9}]
+    for bad in (shards[0], shards[:2], other_shape, unknown, other_method, {"weights": 1}, None, [], no_step, other_step):
         try:
             handle.load_state_dict(bad)
             messages.append("accepted")
@@ -168,7 +170,8 @@ def test_bad_states_are_refused_and_change_nothing(ranks):
     shards = ranks(3).run(save_shards, TOPK)
     for messages, same in ranks(2).run(refused, shards):
         says = ["a list of the shards of all ranks", "a list of the shards of all ranks", "'0.weight' has 3 elements",
-                "no such parameter", "memory=control_variate", "not a thinwire state", "NoneType"]  # fmt: skip
+                "no such parameter", "memory=control_variate", "not a thinwire state", "NoneType", "empty list", "not a thinwire state",
+                "different step"]  # fmt: skip
         for message, expected in zip(messages, says, strict=True):
             assert expected in message
         assert same

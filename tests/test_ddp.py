@@ -5,6 +5,7 @@ import thinwire
 import torch
 import torch.distributed as dist
 from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, mlp, sgd, step, wrap
+from torch.nn.parallel import DistributedDataParallel
 from thinwire import BlockSparse, Dense
 
 TOPK = BlockSparse("topk", density=0.1, block_size=16)
@@ -491,3 +492,51 @@ def test_estimate_is_what_is_sent(ranks):
             assert 0.4 * told["bytes_sent"] < sent < 1.15 * told["bytes_sent"], label(method)
         else:
             assert sent == pytest.approx(told["bytes_sent"], rel=0.05), label(method)
+
+
+def local_experts(rank, n):
+    """Parameters that DDP was told to ignore differ between ranks, and are nobody else's business."""
+    model = torch.nn.ModuleDict({"common": mlp(layers=5), "expert": torch.nn.Linear(40 + rank, 40)})
+    model.forward = lambda x: model["common"](x)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["expert.weight", "expert.bias"])
+    ddp = wrap(model)
+    handle = attach(ddp, TOPK)
+    step(ddp, sgd(ddp), next(data(rank)))
+    return sorted(handle.state_dict()["memory"]["residual"])
+
+
+def test_parameters_that_ddp_ignores_are_left_alone(ranks):
+    for names in ranks(2).run(local_experts):
+        assert len(names) == 10 and not any("expert" in name for name in names)
+
+
+def empty_parameter(rank, n):
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(0, dtype=torch.float64))
+    model.b = torch.nn.Parameter(torch.zeros(64))
+    model.forward = lambda x: model.a.sum() + (model.b * x).sum()
+    ddp = wrap(model)
+    attach(ddp, BlockSparse("topk", density=0.5, wire_dtype=torch.float16))
+    ddp(torch.arange(64.0)).backward()
+    return bool(torch.isfinite(model.b.grad).all()), model.a.grad.shape
+
+
+def test_an_empty_parameter(ranks):
+    assert ranks(2).run(empty_parameter) == [(True, (0,))] * 2
+
+
+def shared_state(rank, n):
+    state = thinwire.HookState(TOPK)
+    models = [wrap(mlp(layers=5, seed=seed)) for seed in (1, 2)]
+    for ddp in models:
+        ddp.register_comm_hook(state, thinwire.hook)
+    step(models[0], sgd(models[0]), next(data(rank)))
+    try:
+        step(models[1], sgd(models[1]), next(data(rank)))
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_one_hook_state_on_two_models_is_refused(ranks):
+    for said in ranks(2).run(shared_state):
+        assert "one for each model" in said

@@ -58,8 +58,14 @@ def test_the_horovod_example_learns_at_a_fraction_of_the_bytes():
     assert compression(output) > 15
 
 
+def test_the_shuffle_example_learns_and_averages_weights():
+    output = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "examples/shuffle_swa.py")
+    assert accuracy(output) > 0.93
+    assert float(re.search(r"([\d.]+) over replicas,", output)[1]) > 0.93
+
+
 def test_each_example_differs_from_plain_training_by_one_line():
-    for name in ("ddp.py", "horovod_digits.py"):
+    for name in ("ddp.py", "horovod_digits.py", "shuffle_swa.py"):
         lines = (ROOT / "examples" / name).read_text().splitlines()
         assert len(lines) < 60
         assert sum("# the one line" in line for line in lines) == 1

@@ -19,7 +19,7 @@ class Launch:
     def __init__(self, n, directory, names):
         here = Path(__file__).parent
         env = os.environ | {
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
             "HOROVOD_STALL_CHECK_TIME_SECONDS": "20", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "60",
             "PYTHONPATH": os.pathsep.join(filter(None, [_import_root(), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip

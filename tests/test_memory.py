@@ -168,3 +168,34 @@ def one_buffer(rank, n):
 def test_error_feedback_keeps_one_buffer_of_the_gradients_size(ranks):
     for kept, gradient, no_others in ranks(2).run(one_buffer):
         assert kept == gradient and no_others
+
+
+def too_large(rank, n, method, dtype, sizes):
+    """Finite gradients that overflow somewhere on the way: the residual before and after, and later results."""
+    model = torch.nn.Linear(64, 64, bias=False, dtype=dtype)
+    ddp = wrap(model)
+    handle = attach(ddp, method, sgd(ddp))
+    generator = torch.Generator().manual_seed(rank)
+    finite, residuals = [], []
+    for size in [1.0] * 3 + sizes + [1.0] * 3:
+        gradient = torch.randn(64, 64, generator=generator).clamp(-1, 1).to(dtype) * size
+        model.zero_grad()
+        (ddp(torch.eye(64, dtype=dtype)).t() * gradient).sum().backward()
+        finite.append(bool(torch.isfinite(model.weight.grad).all()))
+        residuals.append(handle.state_dict()["memory"]["residual"]["weight"])
+    kept = all(bool(torch.isfinite(r).all()) for r in residuals)
+    return finite, kept
+
+
+@pytest.mark.parametrize("selection", ["topk", "nominated"])
+@pytest.mark.parametrize(("wire_dtype", "dtype", "sizes"), [
+    (torch.float16, torch.float32, [1e20]), (torch.bfloat16, torch.float32, [3.3e38]),
+    (torch.float32, torch.float64, [1e39]), (torch.float32, torch.float32, [2e38, 2e38]),
+    (torch.float16, torch.float32, [4e18, 4e18, 4e18]),
+], ids=str)  # fmt: skip
+def test_gradients_too_large_for_the_wire_do_not_poison_the_residual(ranks, selection, wire_dtype, dtype, sizes):
+    method = BlockSparse(selection, density=0.1, wire_dtype=wire_dtype)
+    for finite, kept in ranks(2).run(too_large, method, dtype, sizes):
+        assert kept
+        assert finite[:3] == [True] * 3 and finite[-3:] == [True] * 3
+        assert not all(finite)

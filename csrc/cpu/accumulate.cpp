@@ -1,6 +1,12 @@
 // accumulate_ and examine: one pass over the gradient, after a look for the parameters that it does not touch.
 #include "common.h"
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)  // Clang, and GCC from 12 on
+#define THINWIRE_SHUFFLES 1
+#endif
+#endif
+
 namespace thinwire {
 namespace {
 
@@ -37,6 +43,7 @@ THINWIRE_HOT int has_nonfinite(const Grad* grad, int64_t count) {
 // Folds the lanes of four blocks, each in halves: the sums of the reference, without a scalar chain for each block.
 template <typename Wide>
 THINWIRE_HOT void fold_four(const Wide* lanes, Wide* norms) {
+#if THINWIRE_SHUFFLES
     typedef Wide Four __attribute__((vector_size(4 * sizeof(Wide))));
     Four quarters[4];
     for (int block = 0; block < 4; ++block) {
@@ -49,6 +56,16 @@ THINWIRE_HOT void fold_four(const Wide* lanes, Wide* norms) {
     const Four cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
     const Four sums = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
     std::memcpy(norms, &sums, sizeof(sums));
+#else
+    for (int block = 0; block < 4; ++block, lanes += LANES) {
+        Wide sums[LANES / 2];
+        for (int i = 0; i < 8; ++i) sums[i] = lanes[i] + lanes[i + 8];
+        for (int half = 4; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        }
+        norms[block] = sums[0];
+    }
+#endif
 }
 
 // Writes the norm of each block in count elements. value(i, lane) gives the element i, once and in order.
@@ -104,9 +121,9 @@ THINWIRE_HOT bool accumulate_loop(Wide* residual, Wide* velocity, const Grad* gr
     int bad[LANES] = {};  // one for each lane: a single one would be reduced again in every block
     norms_loop(count, block_size, norms, [=, &bad](int64_t i, int lane) THINWIRE_HOT_LAMBDA {
         Wide step = static_cast<Wide>(grad[i]);
-        const bool finite = is_finite(step);
-        bad[lane] |= finite ? 0 : 1;
-        step = finite ? step : Wide(0);
+        const bool usable = is_usable(step);
+        bad[lane] |= usable ? 0 : 1;
+        step = usable ? step : Wide(0);
         if (WITH_VELOCITY) velocity[i] = step = velocity[i] * momentum + step;
         return residual[i] = residual[i] + step;
     });
@@ -207,6 +224,7 @@ void accumulate_(const at::Tensor& residual, const std::optional<at::Tensor>& ve
                                            static_cast<scalar_t>(momentum), count, block_size, block_norms)) {
                     flags[s] |= NONFINITE;
                 }
+                if (!std::all_of(block_norms, block_norms + (high - low), is_finite<scalar_t>)) flags[s] |= NONFINITE;
             };
             at::parallel_for(0, totals.blocks, block_grain(block_size), [&](int64_t begin, int64_t end) {
                 for_segments(table, block_size, FIRST_BLOCK, begin, end, work);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "../checks.h"
 
@@ -121,6 +122,12 @@ inline void for_tasks(int64_t tasks, bool parallel, const Work& work) {
 template <typename T>
 THINWIRE_HOT bool is_finite(T value) {
     return value - value == T(0);
+}
+
+// False for NaN too.
+template <typename T>
+THINWIRE_HOT bool is_usable(T value) {
+    return std::abs(value) <= LARGEST<T>;
 }
 
 }  // namespace thinwire

@@ -20,7 +20,8 @@ THINWIRE_HOT void take_loop(Source* source, Payload* payload, int64_t count, at:
         const Wide value = static_cast<Wide>(source[i]);
         const Payload sent = c10::convert<Payload>(value * factor);
         payload[i] = sent;
-        source[i] = c10::convert<Source>(value - static_cast<Wide>(sent) * inverse);
+        const Wide taken = static_cast<Wide>(sent) * inverse;
+        source[i] = is_finite(taken) ? c10::convert<Source>(value - taken) : source[i];
     }
 }
 

@@ -31,7 +31,10 @@ void give_back(Wide* residual, const Payload* payload, Wide inverse, const int64
                              Wide* to = residual + segment.start + block * block_size;
                              const Payload* from = payload + segment.offset + j * block_size;
                              const int64_t width = segment.width(block);
-                             for (int64_t i = 0; i < width; ++i) to[i] += static_cast<Wide>(from[i]) * inverse;
+                             for (int64_t i = 0; i < width; ++i) {
+                                 const Wide taken = static_cast<Wide>(from[i]) * inverse;
+                                 if (is_finite(taken)) to[i] += taken;  // else take_blocks_ took nothing
+                             }
                          }
                      });
     });
@@ -45,7 +48,7 @@ void undo(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, const
             if (!(status[s] & TOUCHED)) return;
             for (int64_t i = segment.start + low; i < segment.start + high; ++i) {
                 Wide step = static_cast<Wide>(grad[i]);
-                if (!is_finite(step)) step = 0;
+                if (!is_usable(step)) step = 0;
                 residual[i] -= velocity ? velocity[i] : step;
                 if (velocity) velocity[i] = (velocity[i] - step) / momentum;
             }

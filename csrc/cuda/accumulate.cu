@@ -4,14 +4,15 @@
 namespace thinwire {
 namespace {
 
-template <typename Grad>
+// LIMITED: values that a memory cannot take count as not finite.
+template <typename Wide, bool LIMITED, typename Grad>
 __global__ void examine(const Grad* grad, Table table, int32_t* status, int64_t N) {
     for_tiles(table, N, [&](int64_t s, const Segment&, int64_t begin, int64_t end) {
         bool nonzero = false, nonfinite = false;
         for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
             const wide_t<Grad> value = widen<wide_t<Grad>>(grad[i]);
             nonzero |= value != 0;
-            nonfinite |= !(value - value == 0);
+            nonfinite |= LIMITED ? !is_usable(static_cast<Wide>(value)) : !(value - value == 0);
         }
         const int found = (__syncthreads_or(nonzero) ? TOUCHED : 0) | (__syncthreads_or(nonfinite) ? NONFINITE : 0);
         if (threadIdx.x == 0 && found) {
@@ -24,7 +25,7 @@ __global__ void examine(const Grad* grad, Table table, int32_t* status, int64_t 
 // Lane l of a half-warp sums the elements l, l + 16, ... of the block: the order that the reference defines.
 template <typename Wide, typename Grad>
 __global__ void accumulate(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, Table table, Wide* norms,
-                           const int32_t* status, int64_t M) {
+                           int32_t* status, int64_t M) {
     const int lane = threadIdx.x % LANES;
     const unsigned half_warp = 0xFFFFu << (threadIdx.x % WARP / LANES * LANES);
     const int64_t groups = static_cast<int64_t>(gridDim.x) * (THREADS / LANES);
@@ -38,34 +39,44 @@ __global__ void accumulate(Wide* residual, Wide* velocity, const Grad* grad, Wid
         for (int64_t i = begin + lane; i < end; i += LANES) {
             Wide value = residual[i];
             if (touched) {
-                Wide step = finite_or_zero(widen<Wide>(grad[i]));
+                Wide step = usable_or_zero(widen<Wide>(grad[i]));
                 if (velocity) velocity[i] = step = velocity[i] * momentum + step;
                 residual[i] = value = value + step;
             }
             sum += value * value;
         }
         for (int half = LANES / 2; half > 0; half /= 2) sum += __shfl_down_sync(half_warp, sum, half, LANES);
-        if (lane == 0) norms[b] = sum;
+        if (lane != 0) continue;
+        norms[b] = sum;
+        if (!(sum - sum == 0)) {
+            atomicOr(status + s, NONFINITE);
+            atomicOr(status + table.segments, NONFINITE);
+        }
     }
+}
+
+template <typename Wide, bool LIMITED, typename Grad>
+void write_status(const Grad* grad, Table table, int32_t* status, int64_t N, cudaStream_t stream) {
+    cudaMemsetAsync(status, 0, (table.segments + 1) * sizeof(int32_t), stream);
+    examine<Wide, LIMITED><<<grid_for(N, TILE), THREADS, 0, stream>>>(grad, table, status, N);
 }
 
 }  // namespace
 
 void launch_examine(Array grad, Table table, int32_t* status, int64_t N, cudaStream_t stream) {
-    cudaMemsetAsync(status, 0, (table.segments + 1) * sizeof(int32_t), stream);
     visit_data(grad.dtype, [&](auto tag) {
         using Grad = typename decltype(tag)::type;
-        examine<<<grid_for(N, TILE), THREADS, 0, stream>>>(static_cast<const Grad*>(grad.data), table, status, N);
+        write_status<wide_t<Grad>, false>(static_cast<const Grad*>(grad.data), table, status, N, stream);
     });
 }
 
 void launch_accumulate(Array residual, Array velocity, Array grad, double momentum, Table table, Array norms,
                        int32_t* status, int64_t N, int64_t M, cudaStream_t stream) {
-    launch_examine(grad, table, status, N, stream);
     visit_data(grad.dtype, [&](auto grad_tag) {
         using Grad = typename decltype(grad_tag)::type;
         visit_wide(residual.dtype, [&](auto tag) {
             using Wide = typename decltype(tag)::type;
+            write_status<Wide, true>(static_cast<const Grad*>(grad.data), table, status, N, stream);
             accumulate<<<grid_for(M, THREADS / LANES), THREADS, 0, stream>>>(
                 static_cast<Wide*>(residual.data), static_cast<Wide*>(velocity.data),
                 static_cast<const Grad*>(grad.data), static_cast<Wide>(momentum), table,

@@ -75,9 +75,15 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16, double>(double value) {
     return __float2bfloat16_rn(static_cast<float>(value));
 }
 
+// False for NaN too.
 template <typename Wide>
-__device__ Wide finite_or_zero(Wide value) {
-    return value - value == Wide(0) ? value : Wide(0);
+__device__ bool is_usable(Wide value) {
+    return abs(value) <= LARGEST<Wide>;
+}
+
+template <typename Wide>
+__device__ Wide usable_or_zero(Wide value) {
+    return is_usable(value) ? value : Wide(0);
 }
 
 // Calls visit(s, segment, begin, end) for the elements [begin, end) of each parameter that meets a tile, with all

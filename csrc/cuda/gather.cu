@@ -22,7 +22,8 @@ __global__ void gather(Source* source, const int64_t* chosen, Table table, const
                 const Wide value = widen<Wide>(from[i]);
                 const Payload sent = narrow<Payload>(value * factor);
                 to[i] = sent;
-                if (take) from[i] = narrow<Source>(value - widen<Wide>(sent) * inverse);
+                const Wide taken = widen<Wide>(sent) * inverse;
+                if (take && taken - taken == 0) from[i] = narrow<Source>(value - taken);
             } else {
                 to[i] = narrow<Payload>(Wide(0));
             }

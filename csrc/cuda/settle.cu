@@ -16,8 +16,12 @@ __global__ void settle_slots(Wide* residual, Wide* velocity, const Payload* payl
         const int64_t first = segment.start + block * table.block_size, width = segment.width(block);
         const Payload* from = payload + segment.offset + slot * table.block_size;
         for (int64_t i = lane; i < width; i += WARP) {
-            if (undo) residual[first + i] += widen<Wide>(from[i]) * factor;
-            else if (velocity && !segment.whole()) velocity[first + i] = 0;
+            if (undo) {
+                const Wide taken = widen<Wide>(from[i]) * factor;
+                if (taken - taken == 0) residual[first + i] += taken;  // else take_blocks_ took nothing
+            } else if (velocity && !segment.whole()) {
+                velocity[first + i] = 0;
+            }
         }
     });
 }
@@ -29,7 +33,7 @@ __global__ void undo_accumulate(Wide* residual, Wide* velocity, const Grad* grad
     for_tiles(table, N, [&](int64_t s, const Segment&, int64_t begin, int64_t end) {
         if (!(status[s] & TOUCHED)) return;
         for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
-            const Wide step = finite_or_zero(widen<Wide>(grad[i]));
+            const Wide step = usable_or_zero(widen<Wide>(grad[i]));
             residual[i] -= velocity ? velocity[i] : step;
             if (velocity) velocity[i] = (velocity[i] - step) / momentum;
         }

@@ -8,7 +8,7 @@ from thinwire.reducer import Reducer
 
 _log = logging.getLogger("thinwire")
 FORMAT = 1
-_KEYS = {"format", "method", "rank", "world_size", "memory"}
+_KEYS = {"format", "method", "rank", "world_size", "memory", "step", "scale"}
 
 
 def save(method: Method, reducer: Reducer) -> dict:
@@ -29,8 +29,13 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
     not fit.
     """
     shards = [shards] if isinstance(shards, dict) else list(shards)
+    if not shards:
+        raise ValueError("load_state_dict got an empty list: pass this rank's shard, or the shards of all ranks")
     for shard in shards:
         _check(shard, method, numels)
+    for key in ("step", "world_size"):
+        if len({shard[key] for shard in shards}) > 1:
+            raise ValueError(f"load_state_dict got shards of different {key}: {[shard[key] for shard in shards]}")
     by_rank = {shard["rank"]: shard for shard in shards}
     was, now = shards[0]["world_size"], reducer.world_size
     if was == now and reducer.rank in by_rank:
@@ -47,7 +52,7 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
         )
     for name, store in reducer.memory.stores().items():
         store.load_state_dict(states.get(name, {}))
-    return shards[0]
+    return by_rank.get(reducer.rank, shards[0])
 
 
 def _redistributed(by_rank, rank, was, now):

@@ -23,10 +23,14 @@ def check_model(ddp, hooks_allowed: int = 0) -> None:
             "torch.autocast instead, and wire_dtype for fewer bytes"
         )
     for name, parameter in ddp.module.named_parameters():
+        if name in ddp.parameters_to_ignore:
+            continue
         check_gradient(name, parameter)
         if hasattr(parameter, "_in_backward_optimizers"):
             raise ValueError(f"parameter {name!r} has its optimizer in the backward pass, which takes DDP's only hook")
     for name, module in ddp.module.named_modules():
+        if f"{name}.weight" in ddp.parameters_to_ignore:
+            continue
         if getattr(module, "sparse", False) and isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
             raise TypeError(
                 f"module {name!r} has sparse gradients; make it with sparse=False: thinwire needs dense ones"

@@ -71,19 +71,24 @@ class HookState(Handle):
 
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take names, sizes and the process group from the model."""
-        self._names = parameter_names(ddp.module)
+        self._names = parameter_names(ddp.module, ddp.parameters_to_ignore)
         self._group = ddp.process_group
         self._all_gather, self._owners = AllGather(self._group), OwnerExchange(self._group)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
         self._start(numels, self._group.rank(), self._group.size())
+        self._alive: list = []
+        if self._group.size() == 1 and self._block_sparse.momentum:
+            _log.warning("thinwire: on one rank nothing is averaged and no memory is kept, so there is no momentum "
+                         "either: momentum=%g acts from two ranks on", self._block_sparse.momentum)  # fmt: skip
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Average one bucket; the body of the hook."""
         if self._names is None:
-            self.bind(_owner(self))
+            self.bind(_owner(self, bucket.parameters()[0]))
         self._agree(self._gather_objects)
         if bucket.index() == 0:
             self._follow_scale()
+            self._alive.clear()
         step = self._step
         if bucket.is_last():
             self._step += 1
@@ -95,6 +100,8 @@ class HookState(Handle):
     def _exchange(self, bucket, step):
         begin = time.perf_counter()
         stats, flat, parameters = self._stats, bucket.buffer(), bucket.parameters()
+        if parameters[0] not in self._names:
+            raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each model")
         names = tuple(self._names[p] for p in parameters)
         numels = tuple(p.numel() for p in parameters)
         encoded = self._reducer.encode(flat, names, numels, step, self._gather_now)
@@ -102,6 +109,10 @@ class HookState(Handle):
         exchange = self._owners if encoded.choice.common else self._all_gather
         flight = exchange.start(encoded.payload, encoded.wire, encoded.choice.slots, wide(flat.dtype))
         encoded.prepare()
+        if flat.is_cuda:
+            # The callback's work is queued on a stream of its own and reads tensors made on this one: they must not
+            # be freed before that work is done, which it is when the optimizer has stepped.
+            self._alive.append((encoded, flight))
         stats.encode_s += sending - begin
         stats.count_bytes(flight.bytes_sent)
         stats.dense_bytes += ring_all_reduce_bytes(flat.numel() * flat.element_size(), self._group.size())
@@ -142,11 +153,12 @@ def _completed(value):
     return future
 
 
-def _owner(state):
+def _owner(state, parameter):
     """The DDP model that registered this state: the hook is not told, and only the model knows names and group."""
     for thing in gc.get_objects():
         if issubclass(type(thing), DistributedDataParallel):
-            if any(s is state for _, s in getattr(thing, "_comm_hooks", ())):
+            registered = any(s is state for _, s in getattr(thing, "_comm_hooks", ()))
+            if registered and any(p is parameter for p in thing.parameters()):
                 check_model(thing, hooks_allowed=1)
                 return thing
     raise RuntimeError("thinwire.hook was called for no DistributedDataParallel that registered its HookState")

@@ -34,7 +34,7 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, grad_scaler) -> Re
         ddp.broadcast_buffers = False
         _log.info("thinwire: DDP's broadcast_buffers is turned off: buffers are averaged in the groups")
     ddp.register_comm_hook(ddp, keep_local)
-    return Replicas(ddp.module, optimizer, method, groups, partitions, grad_scaler)
+    return Replicas(ddp.module, optimizer, method, groups, partitions, grad_scaler, ddp.parameters_to_ignore)
 
 
 def agreed_partitions(method: DivideAndShuffle, everyone: list[dict]):
@@ -90,4 +90,4 @@ def _refusal(ddp, method, optimizer):
 
 
 def _parameters(ddp):
-    return list(parameter_names(ddp.module).items())
+    return list(parameter_names(ddp.module, ddp.parameters_to_ignore).items())

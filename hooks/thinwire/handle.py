@@ -37,7 +37,7 @@ class Handle:
         return checkpoint.save(self.method, self._reducer) | {"step": self._step, "scale": scale}
 
     def load_state_dict(self, state) -> None:
-        """Continue where a state was saved; on every rank.
+        """Continue where a state was saved. Call it on every rank: in the next step they compare where they are.
 
         state: this rank's shard; or the list of all ranks' shards, which also fits another number of ranks: old
         rank i's residual goes to rank i modulo the new number, scaled so that the mean over ranks, which is what

@@ -47,7 +47,10 @@ def _operators(device):
 
 def _horovod():
     if importlib.util.find_spec("horovod") is None:
-        return "not installed; 'make horovod' builds it, thinwire.horovod needs it"
+        return (
+            "not installed, and thinwire.horovod needs it; 0.28.1 builds against today's torch with C++17 for C++14 in "
+            "its two CMakeLists.txt, which 'make horovod' in thinwire's repository does"
+        )
     try:
         import horovod
         import horovod.torch  # noqa: F401

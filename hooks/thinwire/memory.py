@@ -93,7 +93,10 @@ class ErrorFeedback:
             factors = torch.ones(len(choice.slots.counts), dtype=values.dtype, device=values.device)
             _scatter(Arrived(left[None]), choice.own[None], choice.slots, factors, reading.source, accumulate=True)
             return payload
-        scale = wire.scale(reading.norms.max().sqrt())  # no element is larger than its block's norm
+        scale = None
+        if wire.dtype == torch.float16:  # no element is larger than its block's norm
+            largest = reading.norms.max().sqrt() if reading.norms.numel() else reading.norms.new_zeros(())
+            scale = wire.scale(largest)
         return Payload(self._take(reading, choice, wire.dtype, scale), scale)
 
     def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
@@ -143,8 +146,9 @@ class ControlVariate:
         return _examined(flat, slots)
 
     def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
-        dtype = wide(reading.grad.dtype)
-        own = self.own.flat(choice.slots.layout, dtype, reading.grad.device)
+        dtype, device = wide(reading.grad.dtype), reading.grad.device
+        own = self.own.flat(choice.slots.layout, dtype, device)
+        self.mean.flat(choice.slots.layout, dtype, device)  # made here: settle may run in several threads at once
         difference = _gather(reading.grad, choice, None, dtype) - _gather(own, choice, None, dtype)
         spoilt = (reading.status[-1:] & ops.NONFINITE) != 0
         return wire.pack(torch.where(spoilt, torch.full_like(difference, float("nan")), difference))

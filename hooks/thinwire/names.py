@@ -3,6 +3,10 @@
 import torch
 
 
-def parameter_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
-    """Each trainable parameter's name, without what torch.compile puts into it; tied parameters have one."""
-    return {p: name.replace("_orig_mod.", "") for name, p in module.named_parameters() if p.requires_grad}
+def parameter_names(module: torch.nn.Module, ignored=()) -> dict[torch.Tensor, str]:
+    """Each trainable parameter's name, without what torch.compile puts into it; tied parameters have one.
+
+    ignored: names to leave out, as in DDP's ``parameters_to_ignore``.
+    """
+    named = {p: name for name, p in module.named_parameters() if p.requires_grad and name not in ignored}
+    return {p: name.replace("_orig_mod.", "") for p, name in named.items()}

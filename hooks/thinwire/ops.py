@@ -6,14 +6,16 @@ All write into tensors that the caller allocated and return nothing, so that one
 holds int64 block numbers counted from each parameter's first block, ascending within a parameter.
 
 ``status`` is int32 [S + 1]: for each parameter, bit 1 (``TOUCHED``) says that its gradient has a nonzero element and
-bit 2 (``NONFINITE``) that it has an inf or NaN; the last entry is the union of all.
+bit 2 (``NONFINITE``) that it has an inf or NaN, or is too large for a memory; the last entry is the union of all.
 
 Data may be float32, float64, bfloat16 or float16; sums are in float32, or in float64 for float64.
 """
 
 import importlib
+import json
 import logging
 import os
+from pathlib import Path
 
 import torch
 
@@ -29,10 +31,21 @@ _log = logging.getLogger("thinwire")
 _why_not = None
 _warned = False
 
+
+def _check_built_for_this_torch():
+    """Raise ImportError where the operators were built for another torch: its C++ interface may have changed."""
+    record = Path(__file__).with_name("_build.json")
+    built_for = json.loads(record.read_text())["torch"] if record.exists() else torch.__version__
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(f"built for torch {built_for}, and this is {torch.__version__}: install thinwire anew")
+
+
+
 if os.environ.get("THINWIRE_REFERENCE") == "1":
     _why_not = "THINWIRE_REFERENCE=1 asks for the plain-PyTorch operators"
 else:
     try:
+        _check_built_for_this_torch()
         importlib.import_module("thinwire._C")  # its import registers the operators
         for _name in (
             "accumulate_", "draw_blocks", "examine", "gather_blocks", "scatter_blocks_", "select_blocks", "settle_",
@@ -44,9 +57,11 @@ else:
 
 
 def native(device_type: str) -> bool:
-    """Whether compiled operators serve tensors on this type of device ("cpu", "cuda")."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, device_type)
-    return _why_not is None and torch._C._dispatch_has_kernel_for_dispatch_key("thinwire::accumulate_", key)
+    """Whether compiled operators serve tensors on this type of device ("cpu", "cuda"; no others are compiled)."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None or _why_not is not None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("thinwire::accumulate_", key)
 
 
 def why_not_native() -> str | None:
@@ -70,8 +85,9 @@ def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, st
     """Add the gradient to the residual and give each block's squared norm, in one pass.
 
     residual [N] float32 or float64, changed: ``+= grad``; with velocity [N] (same dtype, changed), velocity becomes
-    ``momentum * velocity + grad`` and is what the residual gains. Elements of grad [N] that are inf or NaN count as
-    zero. A parameter whose gradient is zero everywhere (unused in this step) keeps residual and velocity as they are.
+    ``momentum * velocity + grad`` and is what the residual gains. Elements of grad [N] that are inf, NaN or beyond 2^62
+    (2^500 for float64) make the status NONFINITE and count as zero; so does a block whose squared norm overflows, but
+    that stays. A parameter whose gradient is zero everywhere (unused in this step) keeps residual and velocity as they are.
     norms [M], dtype of residual, is written: squared L2 norm of each block of the new residual, added in 16
     interleaved lanes folded in halves. status [S + 1] is written.
     """
@@ -112,7 +128,7 @@ def take_blocks_(source, chosen, table, block_size, status, scale, payload):
     """As :func:`gather_blocks`, and source keeps what was not sent: zero, or the rounding error of payload's dtype.
 
     scale must be a power of two, so that source's new value plus what was sent is its old value exactly. Parameters
-    that send zeros or NaN keep all.
+    that send zeros or NaN keep all, and so does an element that payload's dtype turns into inf.
     """
     _call("take_blocks_", source.device, source, chosen, table, block_size, status, scale, payload)
 

@@ -8,28 +8,36 @@ import torch
 
 LANES = 16
 TOUCHED, NONFINITE = 1, 2
+LARGEST = {torch.float32: 2.0**62, torch.float64: 2.0**500}
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, status):
-    examine(grad, table, status)
+    _examine(grad, table, status, _usable(grad, residual.dtype))
     for s, (start, numel, first_block, *_) in enumerate(table.tolist()):
         piece = slice(start, start + numel)
         if status[s] & TOUCHED:
-            step = _finite(grad[piece]).to(residual.dtype)
+            step = _usable_or_zero(grad[piece], residual.dtype)
             if velocity is not None:
                 step = velocity[piece].mul_(momentum).add_(step)
             residual[piece].add_(step)
         squared = _squared_norms(residual[piece], block_size)
         norms[first_block : first_block + len(squared)] = squared
+        if not bool(torch.isfinite(squared).all()):
+            status[s] |= NONFINITE
+            status[-1] |= NONFINITE
 
 
 def examine(grad, table, status):
+    _examine(grad, table, status, torch.isfinite(grad))
+
+
+def _examine(grad, table, status, fine):
     status.zero_()
     for s, (start, numel, *_) in enumerate(table.tolist()):
         piece = grad[start : start + numel]
         touched = TOUCHED if bool((piece != 0).any()) else 0
-        status[s] = touched | (0 if bool(torch.isfinite(piece).all()) else NONFINITE)
+        status[s] = touched | (0 if bool(fine[start : start + numel].all()) else NONFINITE)
         status[-1] |= status[s]
 
 
@@ -69,7 +77,8 @@ def _gather(source, chosen, table, block_size, status, scale, payload, clear):
             values = source[index].to(wide)
             payload[slot] = (values * factor).to(payload.dtype)
             if clear:
-                source[index] = (values - payload[slot].to(wide) * (1 / factor)).to(source.dtype)
+                taken = payload[slot].to(wide) * (1 / factor)
+                source[index] = torch.where(torch.isfinite(taken), values - taken, values).to(source.dtype)
 
 
 def scatter_blocks_(payloads, inverses, chosen, table, block_size, factors, accumulate, out):
@@ -99,11 +108,12 @@ def settle_(residual, velocity, grad, momentum, payload, inverse, chosen, table,
     if not status[-1] & NONFINITE:
         for _, index, slot in segments:
             values = payload[slot].to(residual.dtype)
-            residual[index] += values if inverse is None else values * inverse.to(residual.dtype)
+            taken = values if inverse is None else values * inverse.to(residual.dtype)
+            residual[index] += torch.where(torch.isfinite(taken), taken, 0.0)  # else take_blocks_ took nothing
     for s, (start, numel, *_) in enumerate(rows):
         if status[s] & TOUCHED:
             piece = slice(start, start + numel)
-            step = _finite(grad[piece]).to(residual.dtype)
+            step = _usable_or_zero(grad[piece], residual.dtype)
             residual[piece].sub_(step if velocity is None else velocity[piece])
             if velocity is not None:
                 velocity[piece].sub_(step).div_(momentum)
@@ -157,8 +167,13 @@ def _wrap(number):
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _finite(piece):
-    return torch.where(torch.isfinite(piece), piece, torch.zeros_like(piece))
+def _usable(grad, wide):
+    """Which elements a memory can take: beyond LARGEST, squared norms would overflow."""
+    return grad.to(wide).abs() <= LARGEST[wide]  # false for NaN
+
+
+def _usable_or_zero(grad, wide):
+    return torch.where(_usable(grad, wide), grad, torch.zeros_like(grad)).to(wide)
 
 
 def _wide(dtype):

@@ -25,9 +25,10 @@ class Replicas:
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
-                 partitions, grad_scaler=None):  # fmt: skip
+                 partitions, grad_scaler=None, ignored=()):  # fmt: skip
         self.method = method
         self.model = model
+        self._ignored = frozenset(ignored)
         self._optimizer = optimizer
         self._groups = groups
         self._stats = Stats()
@@ -164,7 +165,7 @@ class Replicas:
     # ---- rounds ----
 
     def _parameters(self) -> list[Named]:
-        return [(name, parameter) for parameter, name in parameter_names(self.model).items()]
+        return [(name, parameter) for parameter, name in parameter_names(self.model, self._ignored).items()]
 
     def _begin(self):
         if not self._agreed:

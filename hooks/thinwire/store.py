@@ -22,7 +22,7 @@ class FlatStore:
         if flat is None:
             flat = torch.zeros(layout.numel, dtype=dtype, device=device)
             for names in [names for names in self._flats if not set(names).isdisjoint(layout.names)]:
-                del self._flats[names]
+                self._flats.pop(names, None)
             for name, start, numel in zip(layout.names, layout.starts, layout.numels, strict=True):
                 view = flat[start : start + numel]
                 if name in self._views:
