@@ -15,7 +15,9 @@ test: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
 	$(PY) -m pytest tests
 
 bench: $(VENV)/.thinwire $(VENV)/.iproute2
-	$(PY) -m pytest benchmarks --benchmark-only
+	mkdir -p results
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json results/bench_raw.json
+	$(PY) benchmarks/bench_table.py results/bench_raw.json
 
 horovod: $(VENV)/.horovod
 

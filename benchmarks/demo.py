@@ -161,7 +161,7 @@ def machine() -> dict:
 
 # ---- the table, for the terminal and for README.md ----
 
-HEADS = ("method", "step time", "sent a step", "compression", "steps", "held-out loss")
+HEADS = ("method", "step time", "sent a step", "compression", "sent in all", "steps", "held-out loss")
 
 
 def rows_of(record: dict) -> list[tuple[str, ...]]:
@@ -178,6 +178,7 @@ def rows_of(record: dict) -> list[tuple[str, ...]]:
             f"{result['step_ms']:.0f} ms" if "step_ms" in result else "-",
             "-" if sent is None or not contestant.trains else f"{sent / 1e6:.3g} MB",
             f"{dense / sent:.0f} x" if dense and sent and contestant.trains else "-",
+            f"{result['bytes'] / 1e6:.3g} MB" if result.get("bytes") and contestant.trains else "-",
             steps if contestant.trains else "-",
             f"{result['curve'][-1][2]:.3f}" if trained else "-",
         ))  # fmt: skip
@@ -205,7 +206,9 @@ def write_readme(record: dict) -> None:
     lines += [
         "",
         f"{record['ranks']} ranks on {machine['cores']} cores ({machine['cpu']}), {_network(record)}, "
-        f"{record['seconds']:g} s of training each, one seed, {record['date']}, PyTorch {versions['torch']}.",
+        f"{record['seconds']:g} s of training each, one seed, {record['date']}, PyTorch {versions['torch']}. "
+        f"The last is `BlockSparse({', '.join(_changed(record['best']))})`. AdamW's "
+        f"learning rate and β1: {'; '.join(_optimizers(record))}; β2 0.95.",
         "",
         "![Held-out loss against training time](benchmarks/results/demo.png)",
     ]
@@ -214,6 +217,19 @@ def write_readme(record: dict) -> None:
     if not block.search(text):
         raise SystemExit(f"{_shown(README)} has no block <!-- demo --> ... <!-- /demo -->")
     README.write_text(block.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text))
+
+
+def _changed(best):
+    """The fields in which our best method differs from the default, as they are written."""
+    default = thinwire.BlockSparse(best["selection"])
+    fields = {f.name: str(getattr(default, f.name)) for f in dataclasses.fields(default)}
+    return [f'"{best["selection"]}"', *(f"{k}={v}" for k, v in best.items() if fields[k] != v and k != "selection")]
+
+
+def _optimizers(record):
+    for name, one in record["contestants"].items():
+        if CONTESTANTS[name].trains:
+            yield f"{one['label']} {one['options']['lr']:g}, {one['options']['betas'][0]:g}"
 
 
 def draw(record: dict, path: Path) -> None:

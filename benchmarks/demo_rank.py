@@ -33,7 +33,7 @@ def _paper(ddp, optimizer):
     return thinwire.attach(ddp, thinwire.BlockSparse())
 
 
-BEST = thinwire.BlockSparse(selection="nominated", density=0.02, block_size=16, wire_dtype=torch.float16, warmup_steps=2)
+BEST = thinwire.BlockSparse("nominated", density=0.04, block_size=16, wire_dtype=torch.float16, warmup_steps=2)
 
 
 def _best(ddp, optimizer):
@@ -66,14 +66,14 @@ class Contestant:
 CONTESTANTS = {
     "noop": Contestant("no exchange at all", lambda ddp, _: ddp.register_comm_hook(None, debugging_hooks.noop_hook),
                        "AdamW", {"lr": 0.0}, trains=False, fixed_seconds=6),
-    "dense": Contestant("plain DDP", lambda *_: None, "AdamW", _adamw(3e-3, 0.0)),
+    "dense": Contestant("plain DDP", lambda *_: None, "AdamW", _adamw(3e-3, 0.5)),
     "fp16": Contestant("PyTorch's fp16 hook",
                        lambda ddp, _: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
-                       "AdamW", _adamw(3e-3, 0.0)),
+                       "AdamW", _adamw(5e-4, 0.5)),
     # On Gloo PowerSGD hangs as soon as two buckets are in flight, so it gets one, and a watchdog.
-    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", _powersgd, "AdamW", _adamw(3e-3, 0.0), one_bucket=True),
-    "paper": Contestant("BlockSparse(), the paper", _paper, "AdamW", _adamw(3e-3, 0.0)),
-    "best": Contestant("BlockSparse, nominated 2 %", _best, "AdamW", _adamw(3e-3, 0.0), one_bucket=True),
+    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", _powersgd, "AdamW", _adamw(2.5e-4, 0.0), one_bucket=True),
+    "paper": Contestant("BlockSparse(), the paper", _paper, "AdamW", _adamw(1e-3, 0.5)),
+    "best": Contestant("BlockSparse, nominated 4 %", _best, "AdamW", _adamw(1e-3, 0.0), one_bucket=True),
 }  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """Models and training loops that the tests share. Run on ranks, so everything here is seeded."""
 
+import contextlib
+import logging
+
 import thinwire
 import torch
 import torch.distributed as dist
@@ -86,3 +89,15 @@ def local_gradient(model, batch):
     x, y = batch
     loss = ((model(x) - y) ** 2).mean()
     return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@contextlib.contextmanager
+def logged():
+    """The messages that thinwire logs."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("thinwire").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("thinwire").removeHandler(handler)

@@ -1,12 +1,14 @@
 """What DDP users do: everything here must work as it does without thinwire."""
 
+import copy
+
 import pytest
 import thinwire
 import torch
 import torch.distributed as dist
-from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, mlp, sgd, step, wrap
-from torch.nn.parallel import DistributedDataParallel
+from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, logged, mlp, sgd, step, wrap
 from thinwire import BlockSparse, Dense
+from torch.nn.parallel import DistributedDataParallel
 
 TOPK = BlockSparse("topk", density=0.1, block_size=16)
 NOMINATED = BlockSparse("nominated", density=0.1, block_size=16)
@@ -242,7 +244,7 @@ def one_bad_bucket(rank, n, method):
     spoilt = [name for name, grad in mixed_grads.items() if not torch.isfinite(grad).all()]
     undone = all(torch.allclose(mixed[name], before[name], rtol=1e-5, atol=1e-6) for name in spoilt)
     rest = [name for name in good if name not in spoilt]
-    same = all(torch.equal(mixed[name], good[name]) and torch.equal(mixed_grads[name], good_grads[name]) for name in rest)
+    same = all(torch.equal(mixed[k], good[k]) and torch.equal(mixed_grads[k], good_grads[k]) for k in rest)
     return spoilt, len(rest), undone, same
 
 
@@ -256,21 +258,12 @@ def test_one_bucket_that_overflows_leaves_the_others_alone(ranks, method):
 
 def copied(rank, n):
     """A deep copy of a DDP model with a hook says that it has lost it, trains as plain DDP, and can be attached."""
-    import copy
-    import logging
-
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("thinwire").addHandler(handler)
-    try:
-        ddp = wrap(mlp())
-        optimizer, batches = sgd(ddp), data(rank)
-        handle = attach(ddp, TOPK, optimizer)
-        step(ddp, optimizer, next(batches))
+    ddp = wrap(mlp())
+    optimizer, batches = sgd(ddp), data(rank)
+    handle = attach(ddp, TOPK, optimizer)
+    step(ddp, optimizer, next(batches))
+    with logged() as said:
         twin = copy.deepcopy(ddp)
-    finally:
-        logging.getLogger("thinwire").removeHandler(handler)
     plain = wrap(copy.deepcopy(ddp.module))
     batch = next(batches)
     step(twin, sgd(twin), batch)

@@ -95,11 +95,16 @@ def test_a_short_demo_leaves_its_record_and_picture(tmp_path):
 RECORD = {
     "ranks": 4, "mbit": 100.0, "shaped": True, "seconds": 40.0, "date": "2026-01-01",
     "machine": {"cpu": "a processor", "cores": 2}, "versions": {"torch": "2"},
+    "best": {"selection": "nominated", "density": "0.01", "block_size": "64"},
+    "contestants": {
+        "dense": {"label": "plain DDP", "optimizer": "AdamW", "options": {"lr": 3e-3, "betas": [0.5, 0.95]}},
+    },
     "methods": {
         "noop": {"status": "done", "steps": 30, "step_ms": 130.0, "step_bytes": 100, "curve": []},
         "dense": {"status": "done", "steps": 20, "step_ms": 1800.0, "step_bytes": 20e6, "curve": [[36.0, 20, 2.9]]},
         "powersgd": {"status": "hung", "steps": 7, "curve": [[0.0, 0, 5.7], [4.0, 7, 3.1]]},
-        "best": {"status": "done", "steps": 240, "step_ms": 160.0, "step_bytes": 1e5, "curve": [[39.0, 240, 2.4]]},
+        "best": {"status": "done", "steps": 240, "step_ms": 160.0, "step_bytes": 1e5, "bytes": 3e7,
+                 "curve": [[39.0, 240, 2.4]]},
     },
 }  # fmt: skip
 
@@ -114,7 +119,8 @@ def test_the_readme_is_rewritten_from_the_record_and_a_hang_is_called_one(tmp_pa
     assert readme.read_text() == once
     assert once.startswith("before\n<!-- demo -->\n|") and once.endswith("<!-- /demo -->\nafter\n")
     assert "old" not in once
-    assert "| 160 ms | 0.1 MB | 200 x | 240 | 2.400 |" in once
+    assert "| 160 ms | 0.1 MB | 200 x | 30 MB | 240 | 2.400 |" in once
+    assert '`BlockSparse("nominated", density=0.01)`' in once and "plain DDP 0.003, 0.5;" in once
     assert "7 (hung)" in once and "3.100" in once
     demo.draw(RECORD, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 1000

@@ -141,7 +141,8 @@ def drifting(rank, n, grouped_gradients):
     for t in range(200):
         optimizer.zero_grad()
         x, y = next(batches)
-        ((ddp(x) - y + torch.randn(y.shape, generator=torch.Generator().manual_seed(7 * t + rank))) ** 2).mean().backward()
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(7 * t + rank))
+        ((ddp(x) - y + noise) ** 2).mean().backward()
         if grouped_gradients:
             grads = [torch.nn.Parameter(p.grad) for p in model.parameters()]
             averager.average_parameters(grads)

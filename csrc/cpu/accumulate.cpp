@@ -1,7 +1,7 @@
 // accumulate_ and examine: one pass over the gradient, after a look for the parameters that it does not touch.
 #include "common.h"
 
-#if defined(__has_builtin)
+#if defined(__has_builtin) && !defined(THINWIRE_SHUFFLES)
 #if __has_builtin(__builtin_shufflevector)  // Clang, and GCC from 12 on
 #define THINWIRE_SHUFFLES 1
 #endif

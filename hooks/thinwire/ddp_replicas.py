@@ -24,8 +24,8 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, grad_scaler) -> Re
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     group = ddp.process_group
     everyone = [None] * group.size()
-    mine = {"host": hosts.mine(), "refusal": _refusal(ddp, method, optimizer),
-            "says": method.describe() | {"model": agree.digest({n: p.numel() for p, n in _parameters(ddp)})}}  # fmt: skip
+    says = method.describe() | {"model": agree.digest({name: p.numel() for p, name in _parameters(ddp)})}
+    mine = {"host": hosts.mine(), "refusal": _refusal(ddp, method, optimizer), "says": says}
     dist.all_gather_object(everyone, mine, group=group)
     partitions = agreed_partitions(method, everyone)
     groups = Groups(partitions, group)

@@ -106,7 +106,7 @@ def _refusal(method, optimizer, parameters):
         if not isinstance(method, DivideAndShuffle):
             raise TypeError(f"method is {method!r}: it must be a DivideAndShuffle")
         if hasattr(optimizer, "_allreduce_grad_async"):
-            raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients first: pass the plain one")
+            raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients: pass the plain one")
         for name, parameter in parameters:
             check_gradient(name, parameter)
         check_optimizer(method, optimizer, parameters)

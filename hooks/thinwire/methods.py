@@ -222,7 +222,9 @@ class DivideAndShuffle(Method):
             if getattr(self.blocks, name) != needed:
                 raise ValueError(f"DivideAndShuffle(blocks={self.blocks}): its {name} must be {needed!r}: {reason}")
         if self.overlap == "delayed":
-            raise ValueError("DivideAndShuffle(overlap='delayed', blocks=...): use overlap='none' or 'bucket' with blocks")
+            raise ValueError(
+                f"DivideAndShuffle(overlap='delayed', blocks={self.blocks}): use overlap='none' or 'bucket' with blocks"
+            )
 
 
 def block_sparse(method: Method) -> BlockSparse:

@@ -86,8 +86,8 @@ def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, st
 
     residual [N] float32 or float64, changed: ``+= grad``; with velocity [N] (same dtype, changed), velocity becomes
     ``momentum * velocity + grad`` and is what the residual gains. Elements of grad [N] that are inf, NaN or beyond 2^62
-    (2^500 for float64) make the status NONFINITE and count as zero; so does a block whose squared norm overflows, but
-    that stays. A parameter whose gradient is zero everywhere (unused in this step) keeps residual and velocity as they are.
+    (2^500 for float64) count as zero and make the status NONFINITE, as does a block whose squared norm overflows. A
+    parameter whose gradient is zero everywhere (unused in this step) keeps residual and velocity as they are.
     norms [M], dtype of residual, is written: squared L2 norm of each block of the new residual, added in 16
     interleaved lanes folded in halves. status [S + 1] is written.
     """

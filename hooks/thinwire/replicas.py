@@ -102,7 +102,8 @@ class Replicas:
         uninterrupted one. Give the model its state after wrapping it: DDP broadcasts rank 0's when it is made.
         """
         self._land()
-        pending = {kind: {name: t.clone() for name, t in found.items()} for kind, found in (self._pending or {}).items()}
+        waiting = (self._pending or {}).items()
+        pending = {kind: {name: tensor.clone() for name, tensor in found.items()} for kind, found in waiting}
         return {"format": FORMAT, "method": self.method.describe(), "rank": self._groups.rank,
                 "world_size": self._groups.size, "round": self._rounds.done, "pending": pending}  # fmt: skip
 

@@ -110,7 +110,7 @@ class Hosts(Schedule):
     def partitions(self, world_size, group_size, seed, hosts):
         hosts = hosts if self.hosts is None else self.hosts
         if len(hosts) != world_size:
-            raise ValueError(f"Hosts(hosts={self.hosts!r}) names {len(hosts)} hosts, one a rank, for {world_size} ranks")
+            raise ValueError(f"Hosts(hosts={self.hosts!r}) names {len(hosts)} hosts for {world_size} ranks: one a rank")
         by_host = defaultdict(list)
         for rank, host in enumerate(hosts):
             by_host[host].append(rank)
@@ -122,10 +122,10 @@ class Hosts(Schedule):
             return inside
         if len(by_host) == world_size:
             return across
-        return tuple(chain.from_iterable(
-            [inside[(c * (self.across_every - 1) + i) % len(inside)] for i in range(self.across_every - 1)] + [across[c]]
-            for c in range(len(across))
-        ))  # fmt: skip
+        order, within = [], self.across_every - 1
+        for c, crossing in enumerate(across):
+            order += [inside[(c * within + i) % len(inside)] for i in range(within)] + [crossing]
+        return tuple(order)
 
     def _cycle(self, ranks, group_size, seed):
         """A butterfly of these ranks."""
