@@ -67,7 +67,7 @@ def test_the_shuffle_example_learns_and_averages_weights():
 def test_each_example_differs_from_plain_training_by_one_line():
     for name in ("ddp.py", "horovod_digits.py", "shuffle_swa.py"):
         lines = (ROOT / "examples" / name).read_text().splitlines()
-        assert len(lines) < 60
+        assert len(lines) < 70
         assert sum("# the one line" in line for line in lines) == 1
 
 

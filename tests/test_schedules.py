@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from thinwire import DivideAndShuffle, DivideAndShuffleAverager
-from thinwire.schedules import BY_NAME, Butterfly, Hosts, Random, Ring, default_group_size
+from thinwire.schedules import BY_NAME, Butterfly, Hosts, Random, Ring, connected, default_group_size
 
 SIZES = range(2, 18)
 MOST = 17
@@ -106,6 +106,25 @@ def test_hosts_are_crossed_in_every_fourth_round_only():
         Hosts(hosts=("a", "a", "b")).partitions(4, 2, 0, ())
 
 
+@pytest.mark.parametrize("across_every", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("layout", [(8, 8), (4, 4), (16, 16), (3, 2, 1), (5, 5, 5)], ids=str)
+def test_hosts_mix_in_every_layout(layout, size, across_every):
+    hosts = tuple(str(host) for host, ranks in enumerate(layout) for _ in range(ranks))
+    method = DivideAndShuffle(group_size=size, schedule=Hosts(across_every=across_every))
+    cycle = method.partitions(len(hosts), hosts)
+    assert np.abs(np.linalg.eigvals(after(cycle) - 1 / len(hosts))).max() < 1 - 1e-9
+
+
+def test_ranks_that_never_meet_are_refused():
+    for schedule in (Random(family=1), Hosts(across_every=1, hosts=("a", "a", "b", "b"))):
+        with pytest.raises(ValueError, match="apart for good"):
+            DivideAndShuffle(group_size=2, schedule=schedule).partitions(4)
+        DivideAndShuffle(group_size=2, schedule=schedule, global_every=8).partitions(4)
+    for seed in range(200):
+        assert connected(DivideAndShuffle(group_size=2, schedule=Random(family=2), seed=seed).partitions(8))
+
+
 @pytest.mark.parametrize(("n", "size"), [(2, 2), (3, 2), (4, 2), (5, 2), (8, 2), (9, 3), (16, 4), (12, 3), (64, 8)])
 def test_default_group_size(n, size):
     assert default_group_size(n) == size
@@ -160,7 +179,7 @@ def means(rank, _, n, folder):
                 moved = max(moved, float((mean_over_ranks(x) - before).abs().max()))
             started = float((torch.randn(57, generator=generator.manual_seed(rank)) - before).norm())
             found[str(name), size] = moved, float((x.detach() - before).norm()), started
-            averager._rounds.groups.close()
+            averager.close()
     return found
 
 

@@ -1,16 +1,20 @@
 """Divide-and-Shuffle on DDP: replicas step alone and are averaged in groups that change."""
 
+import contextlib
 import copy
+import gc
 import itertools
 import math
 import time
+import weakref
 
 import pytest
 import thinwire
 import torch
 import torch.distributed as dist
-from models import data, equal_on_all_ranks, flat, mlp, sgd, step, wrap
-from thinwire import BlockSparse, DivideAndShuffle, DivideAndShuffleAverager, schedules
+from models import data, equal_on_all_ranks, flat, logged, mlp, sgd, step, wrap
+from thinwire import BlockSparse, DivideAndShuffle, DivideAndShuffleAverager, means, schedules
+from thinwire.replicas import Replicas
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.optim import PostLocalSGDOptimizer
 
@@ -45,11 +49,35 @@ def of_every_rank(tensor):
     return torch.stack(everyone)
 
 
+@contextlib.contextmanager
+def small_pieces():
+    """Pieces of one or two tensors, as a large model has many; yields how often a step was made in pieces."""
+    made, whole = [], means.PIECE_BYTES
+    method = Replicas.pieces_to_step
+
+    def counted(self):
+        made.append(0)
+        for piece in method(self):
+            made[-1] += 1
+            yield piece
+
+    means.PIECE_BYTES, Replicas.pieces_to_step = 8000, counted
+    try:
+        yield made
+    finally:
+        means.PIECE_BYTES, Replicas.pieces_to_step = whole, method
+
+
 # ---- what a round does ----
 
 
 def by_hand(rank, n, overlap):
     """Attached, against the same steps and averages written out with an all-gather."""
+    with small_pieces() as made:
+        return _by_hand(rank, n, overlap), made
+
+
+def _by_hand(rank, n, overlap):
     model, ddp, optimizer, handle = start(DivideAndShuffle(overlap=overlap))
     other = mlp()
     other_optimizer = OPTIMIZERS["sgd"](other.parameters())
@@ -72,18 +100,24 @@ def by_hand(rank, n, overlap):
 
 @pytest.mark.parametrize("overlap", ["none", "bucket", "delayed"])
 def test_rounds_are_what_they_say(ranks, overlap):
-    assert all(gap < 1e-6 for gap in ranks(4).run(by_hand, overlap))
+    for gap, made in ranks(4).run(by_hand, overlap):
+        assert gap < 1e-6
+        assert len(made) == (6 if overlap == "bucket" else 0) and all(pieces > 4 for pieces in made)
 
 
 def overlapped(rank, n, optimizer):
     results = []
     for overlap in ("none", "bucket"):
-        model, ddp, opt, _ = start(DivideAndShuffle(overlap=overlap, schedule="ring"), optimizer, with_batchnorm)
-        batches = data(rank)
-        for _ in range(8):
-            step(ddp, opt, next(batches))
-        results.append(state_of(model, opt))
-    return torch.equal(*results)
+        with small_pieces() as made:
+            model, ddp, opt, _ = start(DivideAndShuffle(overlap=overlap, schedule="ring"), optimizer, with_batchnorm)
+            scheduler = torch.optim.lr_scheduler.StepLR(opt, 3, 0.5)  # wraps the optimizer's step
+            batches = data(rank)
+            for _ in range(8):
+                step(ddp, opt, next(batches))
+                scheduler.step()
+            results.append(state_of(model, opt))
+    whole = sum(map(len, (group["params"] for group in opt.param_groups))) == len(list(model.parameters()))
+    return torch.equal(*results) and len(made) == 8 and whole
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -268,6 +302,11 @@ def test_the_averaged_model_is_the_same_everywhere_and_leaves_no_trace(ranks, ov
 
 
 def resumed(rank, n, method, optimizer, folder):
+    with small_pieces():
+        return _resumed(rank, method, optimizer, folder)
+
+
+def _resumed(rank, method, optimizer, folder):
     def trained(steps, model, ddp, opt):
         for _ in range(steps):
             step(ddp, opt, next(batches))
@@ -296,7 +335,7 @@ def resumed(rank, n, method, optimizer, folder):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("method", [
     DivideAndShuffle(), DivideAndShuffle(overlap="bucket", schedule="random"), DivideAndShuffle(overlap="delayed"),
-    DivideAndShuffle(average_optimizer_state=3, global_every=4),
+    DivideAndShuffle(schedule=schedules.Random(3), global_every=4),
     DivideAndShuffle(blocks=BlockSparse("shared", density=0.25, block_size=16)),
 ], ids=lambda m: f"{m.overlap}-{m.schedule}-{m.global_every}")  # fmt: skip
 def test_resumed_is_uninterrupted(ranks, tmp_path, method, optimizer):
@@ -390,6 +429,11 @@ def test_steps_with_a_closure(ranks, kind):
 
 def skipping(rank, n, method, bad_step):
     """inf on rank 1 alone: it skips the step, and still averages with its group."""
+    with small_pieces():
+        return _skipping(rank, method, bad_step)
+
+
+def _skipping(rank, method, bad_step):
     model = with_batchnorm()
     ddp = wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -531,6 +575,113 @@ def test_blocks_of_the_parameters(ranks):
         assert 3 < compression < 5
 
 
+# ---- what may go wrong around it ----
+
+
+def two_scalers(rank, n, first_closed):
+    """Two models with one GradScaler: closing one, in either order, leaves the other at work."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    own = scaler.step
+    pairs = [start(DivideAndShuffle(), grad_scaler=scaler) for _ in range(2)]
+    pairs[first_closed][3].close()
+    _, ddp, optimizer, handle = pairs[1 - first_closed]
+    batches = data(rank)
+    for t in range(3):
+        x, y = next(batches)
+        loss = ((ddp(x) - y) ** 2).mean()
+        optimizer.zero_grad()
+        scaler.scale(loss * float("inf") if t == 1 and rank == 0 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    counted = handle.stats()["steps"], pairs[first_closed][3].stats()["steps"]
+    handle.close()
+    return counted, first_closed == 0 or scaler.step == own
+
+
+@pytest.mark.parametrize("first_closed", [0, 1])
+def test_two_models_share_a_scaler(ranks, first_closed):
+    assert ranks(2).run(two_scalers, first_closed) == [((3, 0), True)] * 2
+
+
+def closed(rank, n):
+    model, ddp, optimizer, handle = start(DivideAndShuffle())
+    step(ddp, optimizer, next(data(rank)))
+    handle.finalize()
+    handle.close()
+    try:
+        step(ddp, optimizer, next(data(rank)))
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_after_close_replicas_do_not_drift_silently(ranks):
+    for said in ranks(2).run(closed):
+        assert "was closed" in said
+
+
+def copied(rank, n):
+    model, ddp, optimizer, handle = start(DivideAndShuffle())
+    step(ddp, optimizer, next(data(rank)))
+    with logged() as said:
+        twin = copy.deepcopy(ddp)
+    twin_optimizer = sgd(twin)
+    again = thinwire.attach(twin, DivideAndShuffle(), optimizer=twin_optimizer)
+    step(twin, twin_optimizer, next(data(rank)))
+    return said, again.stats()["steps"], handle.stats()["steps"]
+
+
+def test_a_copied_model_says_so_and_can_be_attached(ranks):
+    for said, twin_steps, steps in ranks(2).run(copied):
+        assert len(said) == 1 and "thinwire.attach" in said[0]
+        assert twin_steps == steps == 1
+
+
+def collected(rank, n):
+    model, ddp, optimizer, handle = start(DivideAndShuffle())
+    step(ddp, optimizer, next(data(rank)))
+    handle.close()
+    watched = weakref.ref(ddp)
+    del model, ddp, optimizer, handle
+    gc.collect()
+    return watched() is None
+
+
+def test_a_model_that_is_done_with_is_freed(ranks):
+    assert ranks(2).run(collected) == [True, True]
+
+
+def late_hook(rank, n):
+    model, ddp, optimizer, _ = start(DivideAndShuffle(overlap="bucket"))
+    optimizer.register_step_pre_hook(lambda *_: None)
+    try:
+        step(ddp, optimizer, next(data(rank)))
+    except RuntimeError as error:
+        return str(error), sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def test_a_pre_hook_that_would_come_too_late_is_refused(ranks):
+    for said, parameters in ranks(2).run(late_hook):
+        assert "before thinwire.attach" in said and parameters == 12
+
+
+def half_resumed(rank, n):
+    """With delayed, an average of moments is under way, and the optimizer was not loaded."""
+    model, ddp, optimizer, handle = start(DivideAndShuffle(overlap="delayed"), "adamw")
+    step(ddp, optimizer, next(data(rank)))
+    state = handle.state_dict()
+    model, ddp, optimizer, handle = start(DivideAndShuffle(overlap="delayed"), "adamw")
+    handle.load_state_dict(state)
+    try:
+        handle.finalize()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_an_optimizer_that_was_not_loaded_is_noticed(ranks):
+    for said in ranks(2).run(half_resumed):
+        assert "load its state_dict" in said
+
+
 # ---- refusals ----
 
 
@@ -579,6 +730,26 @@ def unknown_in_pieces(rank):
     thinwire.attach(wrap(model), DivideAndShuffle(overlap="bucket"), optimizer=optimizer)
 
 
+def no_moments(rank):
+    model = mlp(layers=5)
+    thinwire.attach(wrap(model), DivideAndShuffle(average_optimizer_state=2), optimizer=sgd(model))
+
+
+def buffers_differ(rank):
+    model = with_batchnorm()
+    if rank == 2:
+        model.register_buffer("more", torch.zeros(3))
+    thinwire.attach(wrap(model, init_sync=False), DivideAndShuffle(), optimizer=sgd(model))
+
+
+def hooked_already(rank):
+    model = mlp(layers=5)
+    ddp = wrap(model)
+    if rank == 1:
+        ddp.register_comm_hook(None, noop_hook)
+    thinwire.attach(ddp, DivideAndShuffle(), optimizer=sgd(model))
+
+
 def by_hook_state(rank):
     thinwire.HookState(DivideAndShuffle())
 
@@ -590,6 +761,8 @@ def by_hook_state(rank):
     (not_its_parameters, "rank 1: the optimizer does not own 10 of the model's 10"),
     (no_optimizer, "pass optimizer="),
     (unknown_in_pieces, "overlap='bucket'"),
+    (no_moments, "SGD has none"), (buffers_differ, "model: 14 parameters and buffers"),
+    (hooked_already, "rank 1: this DistributedDataParallel already has a communication hook"),
     (by_hook_state, "averages parameters, not gradients"),
 ])  # fmt: skip
 def test_refused_on_every_rank(ranks, build, says):

@@ -12,8 +12,12 @@ def describe(method, step: int, numels: dict[str, int]) -> dict[str, str]:
 
 def digest(numels: dict[str, int]) -> str:
     """A model's parameters, by name and size, in one line."""
-    shapes = hashlib.blake2b(repr(sorted(numels.items())).encode(), digest_size=6).hexdigest()
-    return f"{len(numels)} parameters, {sum(numels.values())} elements, digest {shapes}"
+    return f"{len(numels)} parameters, {sum(numels.values())} elements, digest {digest_of(numels)}"
+
+
+def digest_of(items: dict) -> str:
+    """A dictionary in twelve letters."""
+    return hashlib.blake2b(repr(sorted(items.items())).encode(), digest_size=6).hexdigest()
 
 
 def require(everyone: list[dict[str, str]]) -> None:

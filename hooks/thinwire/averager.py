@@ -9,7 +9,7 @@ from thinwire.groups import Groups
 from thinwire.means import pieces
 from thinwire.methods import DivideAndShuffle
 from thinwire.rounds import Rounds
-from thinwire.stats import Stats
+from thinwire.stats import Stats, ring_all_reduce_bytes
 
 
 class DivideAndShuffleAverager(ModelAverager):
@@ -41,26 +41,41 @@ class DivideAndShuffleAverager(ModelAverager):
         dist.all_gather_object(everyone, {"host": hosts.mine(), "says": method.describe()}, group=group)
         agree.require([one["says"] for one in everyone])
         partitions = method.partitions(group.size(), tuple(one["host"] for one in everyone))
-        self._rounds = Rounds(method, partitions, Groups(partitions, group), self._stats)
+        self._groups = Groups(partitions, group)
+        self._rounds = Rounds(method, partitions, self._groups, self._stats)
+        self._agreed = False
 
     def average_parameters(self, params) -> None:
-        """One round, over parameters or over an optimizer's parameter groups; those without gradients are left."""
-        self._rounds.done = self.step
+        """One round, over parameters or over an optimizer's parameter groups; frozen ones are left.
+
+        Raises ValueError, on every rank, where after a resume the ranks are in different rounds.
+        """
+        if not self._agreed or self._rounds.done != self.step:
+            agree.require(self._groups.gather_objects({"round": str(self.step)}))
+            self._agreed, self._rounds.done = True, self.step
+        named = _named(params)
+        nbytes = sum(p.numel() * p.element_size() for _, p in named)
+        self._stats.dense_bytes += ring_all_reduce_bytes(nbytes, self._groups.size)
         round_ = self._rounds.begin()
-        for piece in pieces(_named(params)):
+        for piece in pieces(named):
             round_.send(piece, {})
         round_.send_rest(float_buffers(self._module) if self._module and self._rounds.method.average_buffers else ())
         round_.finish()
         self.step += 1
 
     def stats(self) -> dict[str, float]:
-        """As ``Handle.stats()``, of rounds instead of steps."""
-        return self._stats.as_dict()
+        """As ``Replicas.stats()``."""
+        return self._stats.as_dict() | {"process_groups": len(self._groups)}
+
+    def close(self) -> None:
+        """Destroy the process groups that were made, on every rank."""
+        self._groups.close()
 
 
-def float_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Its floating-point buffers by name, each once."""
-    return [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+def float_buffers(module: torch.nn.Module, ignored=()) -> list[tuple[str, torch.Tensor]]:
+    """Its floating-point buffers by name, each once; without those of the ignored names."""
+    named = module.named_buffers()
+    return [(name, buffer) for name, buffer in named if buffer.is_floating_point() and name not in ignored]
 
 
 def _named(params):

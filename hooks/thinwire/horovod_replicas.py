@@ -4,9 +4,9 @@ import itertools
 
 import torch
 
-from thinwire import agree, hosts
+from thinwire.averager import float_buffers
 from thinwire.checks import check_gradient
-from thinwire.ddp_replicas import agreed_partitions, check_optimizer
+from thinwire.ddp_replicas import agreed_partitions, check_optimizer, introduction, refusal_of
 from thinwire.groups import needed
 from thinwire.methods import DivideAndShuffle
 from thinwire.names import parameter_names
@@ -40,9 +40,8 @@ class DivideAndShuffleAverager(Replicas):
             raise ImportError(f"thinwire.horovod needs horovod.torch, which does not import here: {_why_not}")
         method = DivideAndShuffle() if method is None else method
         parameters = [(name, p) for p, name in parameter_names(model).items()]
-        refusal = _refusal(method, optimizer, parameters)
-        says = {} if refusal else method.describe() | {"model": agree.digest({n: p.numel() for n, p in parameters})}
-        mine = {"host": hosts.mine(), "refusal": refusal, "says": says}
+        refusal = refusal_of(lambda: _check(method, optimizer, parameters))
+        mine = introduction(method, optimizer, refusal, parameters + float_buffers(model))
         everyone = hvd.allgather_object(mine, name="thinwire.shuffle.agree")
         partitions = agreed_partitions(method, everyone)
         _sets.update({tuple(sorted(one.ranks)): one for one in process_sets})
@@ -56,9 +55,10 @@ class ProcessSets:
         self.rank, self.size = hvd.rank(), hvd.size()
         self._label = f"thinwire.shuffle.{next(_numbers)}"
         self._sent: dict[Group, int] = {}
+        self._under_way: dict[Group, int] = {}
         self._groups: dict[Group, hvd.ProcessSet] = {tuple(range(self.size)): hvd.global_process_set}
         for members in needed(partitions, self.size):
-            if members not in _sets:
+            if members not in _sets or _sets[members].process_set_id is None:  # Horovod was shut down since
                 _sets[members] = _added(members)
             if self.rank in members:
                 self._groups[members] = _sets[members]
@@ -67,10 +67,12 @@ class ProcessSets:
         return len(self._groups) - 1
 
     def start_sum(self, tensor: torch.Tensor, members: Group) -> "_Sum":
-        # Names come around again, so that Horovod can cache them; no more than a few are under way at a time.
-        number = self._sent[members] = (self._sent.get(members, -1) + 1) % 1024
+        # Numbers begin again when nothing of the group is under way: Horovod caches what it knows by name.
+        number = self._sent[members] = self._sent.get(members, 0) + 1 if self._under_way.get(members) else 0
+        self._under_way[members] = self._under_way.get(members, 0) + 1
         name = f"{self._label}.{'-'.join(map(str, members))}.{number}"
-        return _Sum(hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._groups[members]))
+        return _Sum(hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._groups[members]),
+                    self._under_way, members)  # fmt: skip
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         hvd.broadcast_(tensor, 0, name=f"{self._label}.broadcast")
@@ -83,11 +85,12 @@ class ProcessSets:
 
 
 class _Sum:
-    def __init__(self, handle):
-        self._handle = handle
+    def __init__(self, handle, under_way, members):
+        self._handle, self._under_way, self._members = handle, under_way, members
 
     def wait(self):
         hvd.synchronize(self._handle)
+        self._under_way[self._members] -= 1
 
 
 def _added(members):
@@ -101,15 +104,11 @@ def _added(members):
         ) from error
 
 
-def _refusal(method, optimizer, parameters):
-    try:
-        if not isinstance(method, DivideAndShuffle):
-            raise TypeError(f"method is {method!r}: it must be a DivideAndShuffle")
-        if hasattr(optimizer, "_allreduce_grad_async"):
-            raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients: pass the plain one")
-        for name, parameter in parameters:
-            check_gradient(name, parameter)
-        check_optimizer(method, optimizer, parameters)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return ""
+def _check(method, optimizer, parameters):
+    if not isinstance(method, DivideAndShuffle):
+        raise TypeError(f"method is {method!r}: it must be a DivideAndShuffle")
+    if hasattr(optimizer, "_allreduce_grad_async"):
+        raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients: pass the plain one")
+    for name, parameter in parameters:
+        check_gradient(name, parameter)
+    check_optimizer(method, optimizer, parameters)

@@ -3,8 +3,9 @@
 import os
 import socket
 
-# Set by torchrun, Slurm and Horovod's launcher: the node's number, or name.
-_VARIABLES = ("GROUP_RANK", "SLURM_NODEID", "HOROVOD_HOSTNAME")
+# Set by Horovod's launcher, torchrun and Slurm: the node's name, or number. Slurm's last, because a launcher inside a
+# Slurm job may hand its own to all ranks.
+_VARIABLES = ("HOROVOD_HOSTNAME", "GROUP_RANK", "SLURM_NODEID")
 
 
 def mine() -> str:

@@ -1,5 +1,6 @@
 """Means of tensors over a group of ranks, as flat pieces that travel while something else runs."""
 
+import time
 from collections.abc import Iterable
 
 import torch
@@ -16,14 +17,14 @@ PIECE_BYTES = 8 * 2**20
 Named = tuple[str, torch.Tensor]
 
 
-def pieces(tensors: Iterable[Named], most: int = PIECE_BYTES) -> list[list[Named]]:
-    """The named tensors in lists of one dtype and device and at most so many bytes (or one tensor), in their order."""
+def pieces(tensors: Iterable[Named]) -> list[list[Named]]:
+    """The named tensors in lists of one dtype and device and at most PIECE_BYTES (or one tensor), in their order."""
     found: list[list[Named]] = []
     open_lists: dict[tuple, tuple[list[Named], int]] = {}
     for name, tensor in tensors:
         kind, nbytes = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
         piece, filled = open_lists.get(kind, (None, 0))
-        if piece is None or filled + nbytes > most:
+        if piece is None or filled + nbytes > PIECE_BYTES:
             piece, filled = [], 0
             found.append(piece)
         piece.append((name, tensor))
@@ -50,23 +51,28 @@ class Mean:
 
         groups: carries the sum, see thinwire.groups. keep: remember what was read, for ``correct``.
         """
+        begin = time.perf_counter()
+        self._stats = stats
         self._tensors = [tensor.detach() for _, tensor in piece]
         self._members = len(members)
         torch.cat([t.reshape(-1).to(self._flat.dtype) for t in self._tensors], out=self._flat)
         self._before = self._flat.clone() if keep else None
         self._sent, self._chosen, self._work = self._flat, None, None
-        if self._members == 1:
-            return
-        if self._layout is not None:
-            self._take(round_, groups.size)
-        stats.count_bytes(ring_all_reduce_bytes(self._sent.numel() * self._sent.element_size(), self._members))
-        self._work = groups.start_sum(self._sent, members)
+        if self._members > 1:
+            if self._layout is not None:
+                self._take(round_, groups.size)
+            stats.count_bytes(ring_all_reduce_bytes(self._sent.numel() * self._sent.element_size(), self._members))
+            self._work = groups.start_sum(self._sent, members)
+        stats.encode_s += time.perf_counter() - begin
 
     def wait(self, divisors: list[float] | None = None) -> None:
         """Wait for the sum and make it a mean. divisors: one a tensor; None is the number of members."""
+        begin = time.perf_counter()
         if self._work is not None:
             self._work.wait()
         self._work = None
+        arrived = time.perf_counter()
+        self._stats.exchange_s += arrived - begin
         if divisors is None:
             self._sent /= self._members
         else:
@@ -77,12 +83,15 @@ class Mean:
             ones = torch.ones(len(slots.counts), dtype=self._flat.dtype, device=self._flat.device)
             ops.scatter_blocks_(self._sent[None], None, chosen, slots.table_on(self._flat.device),
                                 self._layout.block_size, ones, True, self._flat)  # fmt: skip
+        self._stats.decode_s += time.perf_counter() - arrived
 
     def write(self, only: list[bool] | None = None) -> None:
         """Put the mean in the tensors' place, in the storage that they have. only: which of them; None is all."""
+        begin = time.perf_counter()
         for i, (tensor, mean) in enumerate(zip(self._tensors, self._flat.split(self._numels), strict=True)):
             if only is None or only[i]:
                 tensor.copy_(mean.view(tensor.shape))
+        self._stats.decode_s += time.perf_counter() - begin
 
     def values(self) -> torch.Tensor:
         """The mean, flat."""

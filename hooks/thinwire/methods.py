@@ -158,17 +158,18 @@ class DivideAndShuffle(Method):
         ``random``     a seeded cycle over a fixed family of 8 random partitions
         ``hosts``      three rounds in four inside a host, one across; see :class:`thinwire.schedules.Hosts`
     average_buffers: average floating-point buffers (BatchNorm's statistics) too. Integer ones are left.
-    average_optimizer_state: average ``exp_avg`` and ``exp_avg_sq`` of Adam-like optimizers too, which otherwise
-        take smaller steps than with plain DDP, in directions that differ. True is in every round, a number k in
-        every k-th (of a cycle of its own), False never; "auto" is True for optimizers with betas and else False.
-        It triples what a round sends. Momentum buffers of SGD are linear and need no average.
+    average_optimizer_state: average the moments of Adam-like optimizers too, which otherwise take smaller steps than
+        with plain DDP, in directions that differ: ``exp_avg`` and ``exp_avg_sq`` (``exp_inf`` of Adamax, and
+        ``max_exp_avg_sq`` with amsgrad). True is in every round, a number k in every k-th (of a cycle of its own),
+        False never; "auto" is True for optimizers with betas and else False. It triples what a round sends. Momentum
+        buffers of SGD are linear and need no average.
     overlap: what runs while averages travel.
         ``none``     nothing: the optimizer's step, then the average
         ``bucket``   the step goes through the parameters in pieces, and each piece travels while the next is
                      stepping; the same bits as none. For torch.optim's elementwise optimizers
         ``delayed``  the average of the parameters x_t travels while the gradient at x_t is computed, and is applied
                      after that step: x_(t+1) = average(x_t) - lr * g(x_t). Other iterates, the same fixed points.
-                     Costs two buffers of the size of the model
+                     Costs three buffers of the size of the model, and of each moment that is averaged
     global_every: every so many rounds average over all ranks instead; 0 is never.
     blocks: average only some blocks of the parameters in each round, as a ``BlockSparse("shared")`` without memory.
         That is the only sound composition: all ranks of a group must average the same blocks, or the mean moves;
@@ -201,12 +202,21 @@ class DivideAndShuffle(Method):
         self._check_blocks()
 
     def partitions(self, world_size: int, hosts: tuple[str, ...] = ()) -> tuple[schedules.Partition, ...]:
-        """The cycle of partitions for these ranks. Raises ValueError where group_size is above world_size."""
+        """The cycle of partitions for these ranks.
+
+        hosts: see thinwire.schedules. Raises ValueError where group_size is above world_size, or ranks never meet.
+        """
         size = schedules.default_group_size(world_size) if self.group_size is None else self.group_size
         if size > world_size:
             raise ValueError(f"{_given(self, 'group_size')}: there are only {world_size} ranks")
         schedule = schedules.BY_NAME[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return schedule.partitions(world_size, size, self.seed, hosts)
+        partitions = schedule.partitions(world_size, size, self.seed, hosts)
+        if not self.global_every and not schedules.connected(partitions):
+            raise ValueError(
+                f"{_given(self, 'schedule')} with groups of {size} leaves some of the {world_size} ranks apart for "
+                "good, so replicas would drift: use another schedule, or global_every"
+            )
+        return partitions
 
     def _check_blocks(self):
         if self.blocks is None:

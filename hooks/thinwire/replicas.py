@@ -15,7 +15,6 @@ from thinwire.stats import Stats, ring_all_reduce_bytes
 from thinwire.stepping import StepHooks
 
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam-like optimizers call them
 
 
 class Replicas:
@@ -23,6 +22,8 @@ class Replicas:
 
     All methods but ``stats`` and ``state_dict`` are collectives: call them on every rank.
     """
+
+    closed = False
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
                  partitions, grad_scaler=None, ignored=()):  # fmt: skip
@@ -36,14 +37,16 @@ class Replicas:
         self._agreed = True
         self._pending: dict[str, dict[str, torch.Tensor]] | None = None
         self._in_flight = None
-        self._moments_every = _moments_every(method, optimizer)
+        self._moments_every = moments_every(method, optimizer)
+        self._moment_names = moment_names(optimizer)
         self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
 
     # ---- what a user calls ----
 
     def stats(self) -> dict[str, float]:
-        """As :class:`thinwire.stats.Stats`, with rounds for steps; and process_groups, how many this rank is in
-        beside the one of all ranks."""
+        """As :class:`thinwire.stats.Stats`, with rounds for steps and seconds of this thread: encode_s until the sums
+        are started, exchange_s waiting for them, decode_s writing the means. process_groups: how many this rank is
+        in beside the one of all ranks. Averages over all ranks outside the rounds are not counted."""
         return self._stats.as_dict() | {"process_groups": len(self._groups)}
 
     def skip_step(self) -> None:
@@ -64,7 +67,7 @@ class Replicas:
         Parameters and floating-point buffers are averaged, other buffers are rank 0's: the same bits on every rank.
         They are restored bit for bit, also when the body raises.
         """
-        tensors = self._parameters() + list(self.model.named_buffers())
+        tensors = self._parameters() + self._buffers()
         saved = [tensor.detach().clone() for _, tensor in tensors]
         try:
             self._average_over_all(with_moments=False)
@@ -85,10 +88,11 @@ class Replicas:
         over all ranks."""
         self._land()
         round_ = self._rounds.over_all()
-        apart = torch.zeros((), dtype=torch.float64)
-        for piece in pieces(self._parameters()):
+        parameters = self._parameters()
+        apart = torch.zeros((), dtype=torch.float64, device=parameters[0][1].device)
+        for piece in pieces(parameters):
             mean = self._rounds.mean_of("parameters", piece, None)
-            mean.start(piece, tuple(range(self._groups.size)), self._groups, 0, self._stats, keep=True)
+            mean.start(piece, tuple(range(self._groups.size)), self._groups, 0, Stats(), keep=True)
             mean.wait()
             apart += sum(float(c.double().square().sum()) for c in mean.correction())
         round_.send([("apart", apart)], {})
@@ -109,11 +113,12 @@ class Replicas:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit."""
-        if not isinstance(state, dict) or state.get("format") != FORMAT or "pending" not in state:
+        self._land()
+        if not isinstance(state, dict) or state.get("format") != FORMAT or not {"pending", "round"} <= state.keys():
             found = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"load_state_dict got {found}: not a state of DivideAndShuffle of format {FORMAT}")
         pending = state["pending"]
-        numels = {name: t.numel() for name, t in self._parameters() + float_buffers(self.model)}
+        numels = {name: t.numel() for name, t in self._parameters() + self._buffers()}
         for name, tensor in ((n, t) for found in pending.values() for n, t in found.items()):
             if numels.get(name) != tensor.numel():
                 raise ValueError(
@@ -130,10 +135,12 @@ class Replicas:
                 )
         self._rounds.done = state["round"]
         self._pending = {kind: dict(found) for kind, found in pending.items()} or None
-        self._in_flight, self._agreed = None, False
+        self._agreed = False
 
     def close(self) -> None:
-        """Take the hooks off the optimizer and destroy the process groups that were made. Call finalize first."""
+        """Take the hooks off the optimizer and destroy the process groups that were made. Call finalize first; the
+        DDP model cannot be trained with gradients left local any more, so its next backward pass raises."""
+        self.closed = True
         self._hooks.remove()
         self._groups.close()
 
@@ -161,12 +168,18 @@ class Replicas:
         if not self._moments_every:
             return {}
         state = self._optimizer.state
-        return {key: [state[p].get(key) if p in state else None for _, p in piece] for key in MOMENTS}
+        return {key: [state[p].get(key) if p in state else None for _, p in piece] for key in self._moment_names}
 
     # ---- rounds ----
 
     def _parameters(self) -> list[Named]:
         return [(name, parameter) for parameter, name in parameter_names(self.model, self._ignored).items()]
+
+    def _buffers(self) -> list[Named]:
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name not in self._ignored]
+
+    def _float_buffers(self) -> list[Named]:
+        return float_buffers(self.model, self._ignored)
 
     def _begin(self):
         if not self._agreed:
@@ -179,7 +192,7 @@ class Replicas:
         return self._rounds.begin(self._moments_every)
 
     def _end(self, round_):
-        round_.send_rest(float_buffers(self.model) if self.method.average_buffers else ())
+        round_.send_rest(self._float_buffers() if self.method.average_buffers else ())
         if self.method.overlap == "delayed":
             self._in_flight = round_
         else:
@@ -190,17 +203,28 @@ class Replicas:
         self._land()
         if self._pending is None:
             return
-        parameters, buffers = dict(self._parameters()), dict(float_buffers(self.model))
+        parameters, buffers = dict(self._parameters()), dict(self._float_buffers())
+        if not self._has_moments(parameters):
+            raise RuntimeError(
+                "an average of the optimizer's state is under way, and the optimizer has no such state: load its "
+                "state_dict too before going on"
+            )
         for kind, found in self._pending.items():
             for name, correction in found.items():
-                if kind in MOMENTS:
+                if kind in self._moment_names:
                     target = self._optimizer.state[parameters[name]][kind]
                 else:
                     target = (buffers if kind == "buffers" else parameters)[name].detach()
-                target += correction.to(target.dtype)
-                if kind == "exp_avg_sq":
-                    target.clamp_(min=0)
+                target += correction.to(target)
+                if kind not in ("parameters", "buffers", "exp_avg"):
+                    target.clamp_(min=0)  # second moments
         self._pending = None
+
+    def _has_moments(self, parameters):
+        """Whether the optimizer has all moments that the average under way is to change."""
+        state = self._optimizer.state
+        wanted = [(n, key) for key in self._moment_names for n in self._pending.get(key, ())]
+        return all(key in state.get(parameters[name], {}) for name, key in wanted)
 
     def _land(self):
         """Wait for the average under way, and keep what it will change."""
@@ -212,14 +236,22 @@ class Replicas:
         round_ = self._rounds.over_all()
         for piece in pieces(self._parameters()):
             round_.send(piece, self.moments(piece) if with_moments else {})
-        round_.send_rest(float_buffers(self.model))
+        round_.send_rest(self._float_buffers())
         round_.finish()
-        for _, buffer in self.model.named_buffers():
+        for _, buffer in self._buffers():
             if not buffer.is_floating_point():
                 self._groups.broadcast(buffer)
 
 
-def _moments_every(method, optimizer):
+def moments_every(method: DivideAndShuffle, optimizer: torch.optim.Optimizer) -> int:
     """Every how many rounds the optimizer's state is averaged; 0 is never."""
     wanted = method.average_optimizer_state
-    return int(bool(optimizer.defaults.get("betas"))) if wanted == "auto" else int(wanted)
+    return int("betas" in optimizer.defaults) if wanted == "auto" else int(wanted)
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an Adam-like optimizer calls its moments in its state."""
+    if isinstance(optimizer, torch.optim.Adamax):
+        return "exp_avg", "exp_inf"
+    amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+    return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())

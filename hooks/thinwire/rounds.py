@@ -53,8 +53,8 @@ class Rounds:
         return round_
 
     def over_all(self) -> "Round":
-        """A round of all ranks outside the schedule."""
-        return Round(self, self._everyone, self._everyone, sparse=False)
+        """A round of all ranks outside the schedule, whose bytes and seconds are not counted."""
+        return Round(self, self._everyone, self._everyone, scheduled=False)
 
     def mean_of(self, kind: str, piece: list[Named], blocks) -> Mean:
         """The Mean for a piece, made once."""
@@ -71,11 +71,13 @@ class Rounds:
 class Round:
     """One round under way. ``send`` pieces, in the same order on every rank of the group; then ``finish``."""
 
-    def __init__(self, rounds: Rounds, members: Group, moment_members: Group | None, sparse: bool = True):
+    def __init__(self, rounds: Rounds, members: Group, moment_members: Group | None,
+                 scheduled: bool = True):  # fmt: skip
         self._rounds = rounds
         self._index = rounds.done
-        self._blocks = rounds.method.blocks if sparse else None
-        self._keep = sparse and rounds.method.overlap == "delayed"
+        self._stats = rounds.stats if scheduled else Stats()
+        self._blocks = rounds.method.blocks if scheduled else None
+        self._keep = scheduled and rounds.method.overlap == "delayed"
         self._members, self._moment_members = members, moment_members
         self._parts: list[tuple[str, list[Named], Mean]] = []
         self._moments: list[tuple[str, list[Named], Mean, list[bool]]] = []
@@ -102,7 +104,9 @@ class Round:
             self._start("buffers", piece, None)
         self._present = None
         if self._moments:
-            has = torch.tensor([one for *_, present in self._moments for one in present], dtype=torch.float32)
+            device = self._moments[0][1][0][1].device  # of a parameter: NCCL carries no tensors of the CPU
+            present = [one for *_, present in self._moments for one in present]
+            has = torch.tensor(present, dtype=torch.float32, device=device)
             self._present = self._rounds.mean_of("present", [("present", has)], None)
             self._launch(self._present, [("present", has)], self._moment_members)
 
@@ -133,7 +137,7 @@ class Round:
         self._parts.append((kind, piece, mean))
 
     def _launch(self, mean, piece, members):
-        mean.start(piece, members, self._rounds.groups, self._index, self._rounds.stats, self._keep)
+        mean.start(piece, members, self._rounds.groups, self._index, self._stats, self._keep)
 
     def _wait(self):
         for _, _, mean in self._parts:

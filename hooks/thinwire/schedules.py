@@ -8,6 +8,7 @@ differs is how fast the ranks approach it.
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -68,7 +69,8 @@ class Random(Schedule):
     """A cycle over a fixed family of random partitions, drawn from the seed.
 
     family: how many partitions. Every one needs process groups of its own, so it is small; more come closer to a
-    fresh partition in every round, whose contraction is (n - s) / (s (n - 1)) a round.
+    fresh partition in every round, whose contraction is (n - s) / (s (n - 1)) a round. A family that would leave some
+    ranks apart for good is drawn again.
     """
 
     family: int = 8
@@ -79,11 +81,14 @@ class Random(Schedule):
 
     def partitions(self, world_size, group_size, seed, hosts):
         generator = random.Random(f"thinwire {seed} {world_size} {group_size}")
-        found = []
-        for _ in range(self.family):
-            order = list(range(world_size))
-            generator.shuffle(order)
-            found.append(_chunks(order, group_size))
+        for _ in range(1000):
+            found = []
+            for _ in range(self.family):
+                order = list(range(world_size))
+                generator.shuffle(order)
+                found.append(_chunks(order, group_size))
+            if connected(found):
+                break
         return tuple(found)
 
 
@@ -93,7 +98,8 @@ class Hosts(Schedule):
 
     hosts: the name of each rank's host (or rack), by rank; None takes what the ranks say of themselves
     (GROUP_RANK of torchrun, SLURM_NODEID, or the machine's name). Inside a host the schedule is a butterfly of its
-    ranks; across, ranks in the same place on their hosts meet, in a butterfly of the hosts.
+    ranks; across, ranks in the same place on their hosts meet, in a butterfly of the hosts. across_every=1 leaves the
+    ranks of a host apart, so it is for hosts of one rank.
     """
 
     hosts: tuple[str, ...] | None = None
@@ -123,7 +129,9 @@ class Hosts(Schedule):
         if len(by_host) == world_size:
             return across
         order, within = [], self.across_every - 1
-        for c, crossing in enumerate(across):
+        # As often through the crossings as it takes to use every partition inside the hosts.
+        times = max(1, math.ceil(len(inside) / max(within * len(across), 1)))
+        for c, crossing in enumerate(across * times):
             order += [inside[(c * within + i) % len(inside)] for i in range(within)] + [crossing]
         return tuple(order)
 
@@ -137,6 +145,15 @@ class Hosts(Schedule):
 
 
 BY_NAME = {"butterfly": Butterfly(), "ring": Ring(), "random": Random(), "hosts": Hosts()}
+
+
+def connected(partitions: Iterable[Partition]) -> bool:
+    """Whether the groups of these partitions, taken together, join all ranks."""
+    found: list[set[int]] = []
+    for group in chain.from_iterable(partitions):
+        joined = [one for one in found if not one.isdisjoint(group)]
+        found = [one for one in found if one not in joined] + [set(group).union(*joined)]
+    return len(found) == 1
 
 
 def default_group_size(world_size: int) -> int:

@@ -28,25 +28,36 @@ class StepHooks:
         self._optimizer, self._listener, self._in_pieces = optimizer, listener, in_pieces
         self._params: list[list[torch.Tensor]] | None = None
         self._called = 0
-        self._removable = [
-            optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
-        ]  # fmt: skip
+        self._before_handle = optimizer.register_step_pre_hook(self._before)
+        self._after_handle = optimizer.register_step_post_hook(self._after)
         self._scaler = grad_scaler
         if grad_scaler is not None:
+            self._scalers_own = "step" not in grad_scaler.__dict__  # and not another model's wrapper
             self._scalers_step = grad_scaler.step
             grad_scaler.step = self._scaler_step
 
     def remove(self) -> None:
-        for one in self._removable:
-            one.remove()
-        if self._scaler is not None and self._scaler.__dict__.get("step") == self._scaler_step:
-            del self._scaler.step
+        self._before_handle.remove()
+        self._after_handle.remove()
+        scaler, self._scaler = self._scaler, None  # a wrapper around ours may stay, and ours then only passes on
+        if scaler is not None and scaler.__dict__.get("step") == self._scaler_step:
+            if self._scalers_own:
+                del scaler.step
+            else:
+                scaler.step = self._scalers_step
 
     def _before(self, optimizer, args, kwargs):
-        if not self._in_pieces or any(one is not None for one in (*args, *kwargs.values())):
+        self._restore()  # where the step before failed
+        if not self._in_pieces or any(one is not None for one in (*args[1:], *kwargs.values())):
             return  # a closure computes the gradients only now
+        if next(reversed(optimizer._optimizer_step_pre_hooks)) != self._before_handle.id:
+            raise RuntimeError(
+                "DivideAndShuffle(overlap='bucket') makes the optimizer's step in its own step pre-hook, and another "
+                "was registered after it, which would come too late: register it before thinwire.attach, or use "
+                "overlap='none'"
+            )
         groups = optimizer.param_groups
-        params = [group["params"] for group in groups]
+        self._params = [group["params"] for group in groups]
         step = type(optimizer).step
         step = getattr(step, "__wrapped__", step)  # without the hooks, which have been called for the whole step
         ours = set()
@@ -54,32 +65,35 @@ class StepHooks:
             for piece in self._listener.pieces_to_step():
                 chosen = {id(parameter) for _, parameter in piece}
                 ours |= chosen
-                self._restrict(groups, params, lambda p, chosen=chosen: id(p) in chosen)
+                self._restrict(lambda p, chosen=chosen: id(p) in chosen)
                 step(optimizer)
         except BaseException:
-            self._restrict(groups, params, lambda p: True)
+            self._restore()
             raise
-        self._restrict(groups, params, lambda p: id(p) not in ours)  # what is not the model's: the step that follows
-        self._params = params
+        self._restrict(lambda p: id(p) not in ours)  # what is not the model's: the step that follows
 
     def _after(self, optimizer, args, kwargs):
         self._called += 1
         if self._params is None:
             self._listener.stepped()
             return
-        for group, params in zip(optimizer.param_groups, self._params):
-            group["params"] = params
-        self._params = None
+        self._restore()
         self._listener.pieces_stepped()
 
     def _scaler_step(self, optimizer, *args, **kwargs):
         before = self._called
         result = self._scalers_step(optimizer, *args, **kwargs)
-        if getattr(optimizer, "optimizer", optimizer) is self._optimizer and self._called == before:
+        ours = self._scaler is not None and getattr(optimizer, "optimizer", optimizer) is self._optimizer
+        if ours and self._called == before:
             self._listener.stepped()
         return result
 
-    @staticmethod
-    def _restrict(groups, params, keep):
-        for group, all_of_it in zip(groups, params):
-            group["params"] = [p for p in all_of_it if keep(p)]
+    def _restrict(self, keep):
+        """Leave the optimizer those parameters for which keep is true."""
+        for group, params in zip(self._optimizer.param_groups, self._params):
+            group["params"] = [p for p in params if keep(p)]
+
+    def _restore(self):
+        for group, params in zip(self._optimizer.param_groups, self._params or ()):
+            group["params"] = params
+        self._params = None
