@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 
@@ -58,7 +59,7 @@ class Contestant:
 
 
 def speed(args, rank, n):
-    """Turns of some steps each. The straggler sleeps in its step: always, or in one step of four."""
+    """A turn of some steps each. The straggler sleeps in its step: one rank in all, or another in each."""
     batches = task.batches(task.standard_library()[0], rank, n)
     contestants = {name: Contestant(name) for name in SPEED}
     for contestant in contestants.values():
@@ -69,8 +70,8 @@ def speed(args, rank, n):
             dist.barrier()
             before, begin = interface_bytes(), time.perf_counter()
             for step in range(args.steps):
-                late = rank == args.straggler and (args.sleep_every and step % args.sleep_every == 0)
-                time.sleep(args.sleep if late else 0.0)
+                late = random.Random(step).randrange(n) if args.straggler == "random" else int(args.straggler)
+                time.sleep(args.sleep if late == rank else 0.0)
                 contestant.step(next(batches))
             contestant.seconds.append((time.perf_counter() - begin) / args.steps)
             if before:
@@ -80,13 +81,13 @@ def speed(args, rank, n):
         mine = {"seconds": contestant.seconds, "sent": contestant.sent}
         everyone = [None] * n
         dist.all_gather_object(everyone, mine)
-        others = [one for r, one in enumerate(everyone) if r != args.straggler]
+        others = [one for r, one in enumerate(everyone) if str(r) != args.straggler]
         if rank == 0:
             per_turn = [statistics.mean(one["seconds"][t] for one in others) for t in range(args.turns)]
             sent = [byte for one in everyone for byte in one["sent"]]
             print(json.dumps({
                 "method": name, "step_ms": 1e3 * statistics.median(per_turn),
-                "spread_ms": [1e3 * min(per_turn), 1e3 * max(per_turn)], "parameters": contestant.parameters,
+                "parameters": contestant.parameters,
                 "sent": statistics.mean(sent) if sent else None,
             }), flush=True)  # fmt: skip
 
@@ -201,11 +202,10 @@ def quality(args, rank, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["speed", "quality"])
-    parser.add_argument("--steps", type=int, default=0, help="in a turn, or in all; 0: 4, or the task's own")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--straggler", type=int, default=-1, help="the rank that sleeps")
+    parser.add_argument("--steps", type=int, default=0, help="in a turn, or in all; 0: 16, or the task's own")
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--straggler", default="-1", help="the rank that sleeps, or 'random': another in each step")
     parser.add_argument("--sleep", type=float, default=0.0, help="seconds")
-    parser.add_argument("--sleep-every", type=int, default=0, help="steps")
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--method", choices=QUALITY, default="plain DDP")
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +214,7 @@ def main():
     dist.init_process_group("gloo")
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if args.what == "speed":
-        args.steps = args.steps or 4
+        args.steps = args.steps or 16
         speed(args, rank, n)
     else:
         quality(args, rank, n)
