@@ -72,7 +72,22 @@ THINWIRE_HOT void fold_four(const Wide* lanes, Wide* norms) {
 template <typename Wide, typename Value>
 THINWIRE_HOT void norms_loop(int64_t count, int64_t block_size, Wide* norms, const Value& value) {
     constexpr int64_t BATCH = 4, GROUPS = 4;
-    for (int64_t begin = 0; begin < count;) {
+    int64_t begin = 0;
+    if (block_size == LANES) {  // one element a lane: nothing to add up before the fold
+        for (; begin + BATCH * LANES <= count; begin += BATCH * LANES, norms += BATCH) {
+            Wide squares[BATCH * LANES];
+#pragma GCC unroll 4
+            for (int block = 0; block < BATCH; ++block) {
+#pragma omp simd
+                for (int lane = 0; lane < LANES; ++lane) {
+                    const Wide one = value(begin + block * LANES + lane, lane);
+                    squares[block * LANES + lane] = one * one;
+                }
+            }
+            fold_four(squares, norms);
+        }
+    }
+    while (begin < count) {
         Wide lanes[BATCH * LANES] = {}, folded[BATCH];
         int64_t blocks = 0;
         for (; blocks < BATCH && begin < count; ++blocks) {
