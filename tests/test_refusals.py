@@ -5,7 +5,7 @@ import time
 import pytest
 import thinwire
 import torch
-from models import attach, data, mlp, sgd, step, wrap
+from models import attach, data, logged, mlp, sgd, step, wrap
 from thinwire import BlockSparse, Dense
 
 TOPK = BlockSparse("topk", density=0.1)
@@ -104,3 +104,28 @@ def refusals(rank, n):
 )
 def test_refused(ranks, case, says):
     assert all(says in said[case] for said in ranks(2).run(refusals))
+
+
+def momentum_of_its_own(rank, n):
+    model = mlp(layers=5)
+    with logged() as said:
+        attach(wrap(model), BlockSparse("nominated", density=0.1), sgd(model, momentum=0.9))
+    return said
+
+
+def test_an_optimizers_momentum_beside_error_feedback_is_mentioned(ranks):
+    for said in ranks(2).run(momentum_of_its_own):
+        assert len(said) == 1 and "BlockSparse(..., momentum=0.9)" in said[0]
+
+
+def loaded_too_early(rank, n):
+    return message(lambda: thinwire.HookState(TOPK).load_state_dict({"a": 1}))
+
+
+def test_a_wrong_state_is_refused_before_there_is_a_model(ranks):
+    assert all("not a thinwire state" in said for said in ranks(2).run(loaded_too_early))
+
+
+def test_a_near_miss_is_named():
+    with pytest.raises(ValueError, match="did you mean 'topk'"):
+        BlockSparse("top-k")

@@ -301,6 +301,21 @@ def test_the_averaged_model_is_the_same_everywhere_and_leaves_no_trace(ranks, ov
         assert not apart and final
 
 
+def stepping_inside(rank, n):
+    model, ddp, optimizer, handle = start(DivideAndShuffle())
+    before = flat(model.parameters())
+    try:
+        with handle.averaged_model():
+            step(ddp, optimizer, next(data(rank)))
+    except RuntimeError as error:
+        return str(error), torch.equal(before, flat(model.parameters()))
+
+
+def test_a_step_inside_averaged_model_is_refused(ranks):
+    for said, restored in ranks(2).run(stepping_inside):
+        assert "would be undone" in said and restored
+
+
 def resumed(rank, n, method, optimizer, folder):
     with small_pieces():
         return _resumed(rank, method, optimizer, folder)

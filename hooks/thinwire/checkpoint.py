@@ -28,14 +28,7 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
     numels: elements of each parameter of the model. Raises ValueError, with nothing changed, where the state does
     not fit.
     """
-    shards = [shards] if isinstance(shards, dict) else list(shards)
-    if not shards:
-        raise ValueError("load_state_dict got an empty list: pass this rank's shard, or the shards of all ranks")
-    for shard in shards:
-        _check(shard, method, numels)
-    for key in ("step", "world_size"):
-        if len({shard[key] for shard in shards}) > 1:
-            raise ValueError(f"load_state_dict got shards of different {key}: {[shard[key] for shard in shards]}")
+    shards = check(shards, method, numels)
     by_rank = {shard["rank"]: shard for shard in shards}
     was, now = shards[0]["world_size"], reducer.world_size
     if was == now and reducer.rank in by_rank:
@@ -53,6 +46,24 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
     for name, store in reducer.memory.stores().items():
         store.load_state_dict(states.get(name, {}))
     return by_rank.get(reducer.rank, shards[0])
+
+
+def check(shards: dict | Sequence[dict], method: Method, numels: dict[str, int] | None = None) -> list[dict]:
+    """The shards in a list. Raises ValueError where they are none, or not of this method, or not of this model, whose
+    numels may be unknown yet. Says so in the log where only settings differ."""
+    shards = [shards] if isinstance(shards, dict) or shards is None else list(shards)
+    if not shards:
+        raise ValueError("load_state_dict got an empty list: pass this rank's shard, or the shards of all ranks")
+    for shard in shards:
+        _check(shard, method, numels)
+    for key in ("step", "world_size"):
+        if len({shard[key] for shard in shards}) > 1:
+            raise ValueError(f"load_state_dict got shards of different {key}: {[shard[key] for shard in shards]}")
+    ours, theirs = method.describe(), shards[0]["method"]
+    changed = [f"{key} was {theirs.get(key)} and is {value}" for key, value in ours.items() if theirs.get(key) != value]
+    if changed and numels is not None:
+        _log.warning("thinwire: the state was saved with other settings: %s", "; ".join(changed))
+    return shards
 
 
 def _redistributed(by_rank, rank, was, now):
@@ -82,7 +93,7 @@ def _check(shard, method, numels):
                 f"load_state_dict: the state was saved with {field}={theirs.get(field)} and this method has "
                 f"{field}={ours.get(field)}; its tensors mean nothing to it"
             )
-    for name, tensors in shard["memory"].items():
+    for name, tensors in shard["memory"].items() if numels is not None else ():
         for parameter, tensor in tensors.items():
             if numels.get(parameter) != tensor.numel():
                 has = f"{numels[parameter]} elements" if parameter in numels else "no such parameter"

@@ -3,17 +3,25 @@
 import torch
 
 from thinwire.blocks import Layout
-from thinwire.methods import Method, block_sparse
+from thinwire.methods import DivideAndShuffle, Method, block_sparse
 from thinwire.names import parameter_names
+from thinwire.selection import named_by_rank
 from thinwire.stats import ring_all_reduce_bytes
 
 
 def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int | None = None) -> dict[str, float]:
     """Bytes that each rank sends in a step under DDP, against a dense ring all-reduce.
 
-    step: None is after the ramp. For nominated it is the most: ranks that name the same block send it once.
-    Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them.
+    step: None is after the ramp. For nominated it is the most, but for a few indices where there are several buckets:
+    ranks that name the same block send it once. Under Horovod independent and permuted send the union of all ranks'
+    blocks in a ring, which is more. Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them.
+    Raises TypeError for DivideAndShuffle, whose bytes depend on the round.
     """
+    if isinstance(method, DivideAndShuffle):
+        raise TypeError(
+            "there is no estimate for DivideAndShuffle: a round in a group of s ranks sends 2 (s - 1) / s times what "
+            "is averaged"
+        )
     method = block_sparse(method)
     step = method.warmup_steps + method.ramp_steps if step is None else step
     names = tuple(parameter_names(model).values())
@@ -30,7 +38,7 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     if all(slots.whole) or method.selection == "shared":
         sent = 2 * peers * owned
     elif method.selection == "nominated":
-        sent = 2 * peers * owned + 4 * peers * sparse / world_size
+        sent = 2 * peers * owned + 4 * peers * int(named_by_rank(slots, step, world_size).sum(1).max())
     else:
         sent = peers * (values + 4 * sparse * (method.selection == "topk"))
     dense = ring_all_reduce_bytes(sum(p.numel() * p.element_size() for p in parameters), world_size)

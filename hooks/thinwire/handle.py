@@ -21,6 +21,9 @@ class Handle:
         self._reducer: Reducer | None = None
         self._waiting_state = None
 
+    def __repr__(self):
+        return f"<{type(self).__name__} of {self.method}, {self._stats.steps} steps>"
+
     def stats(self) -> dict[str, float]:
         """Totals of this rank: steps, bytes_sent, bytes_received, dense_bytes, compression, encode_s, exchange_s,
         decode_s. See :class:`thinwire.stats.Stats`."""
@@ -45,6 +48,7 @@ class Handle:
         Buckets may differ. Raises ValueError, with nothing changed, where the state does not fit.
         """
         if self._reducer is None:
+            checkpoint.check(state, self.method)
             self._waiting_state = state
         else:
             shard = checkpoint.load(state, self.method, self._reducer, self._numels)

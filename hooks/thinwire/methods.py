@@ -1,5 +1,6 @@
 """What to do with gradients or replicas, as values: frozen, validated where they are made, compared in step one."""
 
+import difflib
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -52,7 +53,8 @@ class BlockSparse(Method):
         ``topk``         each rank's heaviest blocks by L2 norm; bytes grow with the number of ranks
         ``nominated``    each rank names its heaviest, all send the union; bytes do not grow with the ranks
     density: share of each parameter's blocks that one rank sends, in (0, 1]; for nominated, the share that all
-        ranks together name. At least one block of every parameter. None is 1 / world_size, the paper's m/n.
+        ranks together name. At least one block of every parameter. None is 1 / world_size, the paper's m/n,
+        which is meant for the random selections: give topk and nominated one of their own, such as 0.01.
     block_size: elements a block. Small blocks choose better, large ones run faster: 16 to 64 is the range to tune.
     memory: what becomes of what was not sent.
         ``none``             forgotten; random selections are scaled so that the result is an unbiased estimate of
@@ -252,13 +254,18 @@ def block_sparse(method: Method) -> BlockSparse:
             "optimizer=optimizer), or with Horovod thinwire.horovod.DivideAndShuffleAverager"
         )
     hint = f"; call it: thinwire.{method.__name__}()" if isinstance(method, type) and issubclass(method, Method) else ""
-    raise TypeError(f"method is {method!r}: it must be a thinwire method, such as thinwire.BlockSparse(){hint}")
+    found = repr(method) if isinstance(method, (type, str, int, float)) else f"a {type(method).__name__}"
+    raise TypeError(f"method is {found}: it must be a thinwire method, such as thinwire.BlockSparse(){hint}")
 
 
 def _check_one_of(method, name, allowed):
     value = getattr(method, name)
     if value not in allowed:
-        raise ValueError(f"{_given(method, name)}: {name} must be one of {', '.join(map(repr, allowed))}")
+        near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
+        raise ValueError(
+            f"{_given(method, name)}: {name} must be one of {', '.join(map(repr, allowed))}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
 
 
 def _check_wire_dtype(method):

@@ -23,7 +23,7 @@ class Replicas:
     All methods but ``stats`` and ``state_dict`` are collectives: call them on every rank.
     """
 
-    closed = False
+    closed = _borrowed = False
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
                  partitions, grad_scaler=None, ignored=()):  # fmt: skip
@@ -40,6 +40,9 @@ class Replicas:
         self._moments_every = moments_every(method, optimizer)
         self._moment_names = moment_names(optimizer)
         self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
+
+    def __repr__(self):
+        return f"<{type(self).__name__} of {self.method}, round {self._rounds.done}>"
 
     # ---- what a user calls ----
 
@@ -65,14 +68,17 @@ class Replicas:
         """The model with the mean of all replicas in it, to evaluate or to save; as it was again afterwards.
 
         Parameters and floating-point buffers are averaged, other buffers are rank 0's: the same bits on every rank.
-        They are restored bit for bit, also when the body raises.
+        They are restored bit for bit, also when the body raises. A step of the optimizer in the body would be lost,
+        so it raises RuntimeError.
         """
         tensors = self._parameters() + self._buffers()
         saved = [tensor.detach().clone() for _, tensor in tensors]
         try:
             self._average_over_all(with_moments=False)
+            self._borrowed = True
             yield self.model
         finally:
+            self._borrowed = False
             for (_, tensor), one in zip(tensors, saved):
                 tensor.detach().copy_(one)
 
@@ -182,6 +188,8 @@ class Replicas:
         return float_buffers(self.model, self._ignored)
 
     def _begin(self):
+        if self._borrowed:
+            raise RuntimeError("optimizer.step() inside averaged_model(): what it changes would be undone at the end")
         if not self._agreed:
             agree.require(self._groups.gather_objects({"round": str(self._rounds.done)}))
             self._agreed = True

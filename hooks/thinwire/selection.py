@@ -112,7 +112,7 @@ class Nominated:
 
     def choose(self, q: Question) -> Choice:
         layout = q.slots.layout
-        quotas = _quotas(q)
+        quotas = named_by_rank(q.slots, q.step, q.world_size)
         mine = layout.slots(tuple(quotas[q.rank].tolist()))
         first = torch.tensor(layout.first_blocks[:-1], device=q.device).repeat_interleave(quotas[q.rank].to(q.device))
         named = torch.full((int(quotas.sum(1).max()),), -1, dtype=torch.int32, device=q.device)
@@ -144,12 +144,12 @@ def _heaviest(norms, slots, device):
     return chosen
 
 
-def _quotas(q):
-    """int64 [world_size, S]: how many blocks of each parameter each rank names; together, its count."""
-    counts = torch.tensor(q.slots.counts).where(~torch.tensor(q.slots.whole), torch.tensor(0))
-    ranks = torch.arange(q.world_size)[:, None]
-    turns = (ranks - q.slots.layout.units % q.world_size - q.step) % q.world_size
-    return counts // q.world_size + (turns < counts % q.world_size)
+def named_by_rank(slots: Slots, step: int, world_size: int) -> torch.Tensor:
+    """int64 [world_size, S]: how many blocks of each parameter each rank nominates; together, its count."""
+    counts = torch.tensor(slots.counts).where(~torch.tensor(slots.whole), torch.tensor(0))
+    ranks = torch.arange(world_size)[:, None]
+    turns = (ranks - slots.layout.units % world_size - step) % world_size
+    return counts // world_size + (turns < counts % world_size)
 
 
 def _sparse_slots(slots):
