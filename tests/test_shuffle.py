@@ -481,6 +481,25 @@ def test_a_step_that_one_rank_skips(ranks, overlap, bad_step):
         assert rounds == 6 and apart < 1.0 and not patched
 
 
+def first_step_skipped(rank, n):
+    """Rank 1 skips its first step, so only rank 0 has moments: their mean is rank 0's own."""
+    model = mlp()
+    ddp = wrap(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    thinwire.attach(ddp, DivideAndShuffle(), optimizer=optimizer, grad_scaler=scaler)
+    x, y = next(data(rank))
+    scaler.scale(((ddp(x) - y) ** 2).mean() * (float("inf") if rank else 1.0)).backward()
+    scaler.step(optimizer)
+    if rank:
+        return not optimizer.state
+    return all(torch.allclose(optimizer.state[p]["exp_avg"], 0.1 * p.grad) for p in model.parameters())
+
+
+def test_moments_are_averaged_over_the_ranks_that_have_them(ranks):
+    assert ranks(2).run(first_step_skipped) == [True, True]
+
+
 def left_out(rank, n):
     """A loop of one's own that leaves out a step."""
     model, ddp, optimizer, handle = start(DivideAndShuffle())
