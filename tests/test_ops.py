@@ -124,6 +124,35 @@ class TestEqualsReference:
         both(device, "accumulate_", residual, velocity, grad, 0.9, slots.table, layout.block_size, norms, status)
         both(device, "examine", grad, slots.table, status)
 
+    @pytest.mark.parametrize("sent", DATA)
+    @pytest.mark.parametrize("wide", DATA[:2])
+    @pytest.mark.parametrize("block_size", [16, 40])
+    def test_values_too_large_for_a_memory(self, device, block_size, wide, sent):
+        """Around the limit of what a memory takes, and where only a sum, a square or the wire dtype overflows."""
+        limit = 2.0**62 if wide == torch.float32 else 2.0**500
+        sizes = [limit, -limit * 1.001, limit / 2, 1e38, 1e39, 70000.0, 1.0]
+        layout = Layout(tuple(f"p{i}" for i in range(len(sizes))), (100,) * len(sizes), block_size)
+        slots = layout.slots((2,) * len(sizes))
+        chosen = draws(slots, 1, 5)[0]
+        grad = torch.tensor(sizes, dtype=torch.float64).repeat_interleave(100).to(wide)
+        norms = torch.zeros(layout.first_blocks[-1], dtype=wide)
+        status = torch.zeros(len(sizes) + 1, dtype=torch.int32)
+        before = torch.ones(layout.numel, dtype=wide)
+        args = both(device, "accumulate_", before, None, grad, 0.0, slots.table, block_size, norms, status)
+        residual, norms, status = args[0], args[6], args[7]
+        assert bool(torch.isfinite(residual).all())
+        bad = [bool(one & reference.NONFINITE) for one in status[:-1]]
+        overflows = [not bool(torch.isfinite(one).all()) for one in norms.view(len(sizes), -1)]
+        assert bad == [abs(size) > limit or over for size, over in zip(sizes, overflows)]
+        assert bad[1] and not bad[-1]
+        payload = torch.zeros(slots.numel, dtype=sent)
+        taken = both(device, "take_blocks_", residual, chosen, slots.table, block_size, None, None, payload)
+        assert bool(torch.isfinite(taken[0]).all())
+        fine, bad_step = torch.full_like(status, reference.TOUCHED), torch.ones(1, dtype=torch.int32)
+        settled = both(device, "settle_", taken[0], None, grad, 0.0, taken[6], None, chosen, slots.table, block_size,
+                       fine, bad_step)  # fmt: skip
+        assert bool(torch.isfinite(settled[0]).all())
+
     @EXAMPLES
     @given(cases(), st.integers(-(2**62), 2**62), st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 9)),
                                                            min_size=1, max_size=4))  # fmt: skip
