@@ -176,8 +176,7 @@ def main():
         stats_bytes=statistics.mean(one["stats"]["bytes_sent"] for one in everyone) if handle else None,
         parameters=sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
-    faulthandler.cancel_dump_traceback_later()
-    dist.destroy_process_group()
+    task.leave()
 
 
 def _sent():

@@ -218,8 +218,7 @@ def main():
         speed(args, rank, n)
     else:
         quality(args, rank, n)
-    dist.barrier()
-    dist.destroy_process_group()
+    task.leave()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 usage: python horovod_checks.py DIRECTORY [NAME ...]     each rank writes DIRECTORY/RANK.jsonl, a line a check
 """
-import contextlib
 import io
 import json
-import logging
 import os
 import sys
 import threading
@@ -678,23 +676,12 @@ class Slope(torch.nn.Module):
         return (self.weight * slope.to(self.weight.dtype)).sum()
 
 
-@contextlib.contextmanager
-def warnings_of_thinwire():
-    found, handler = [], logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logging.getLogger("thinwire").addHandler(handler)
-    try:
-        yield found
-    finally:
-        logging.getLogger("thinwire").removeHandler(handler)
-
-
 @check(*[method(m.selection, m.memory, torch.float16, density=1.0) for m in EACH if m.memory != "control_variate"])
 def large_values_in_float16(method):
     """1e6 is beyond float16: it is cut off with a warning, or waits in the residual until it has been sent."""
     n, model = hvd.size(), Slope()
     optimizer, compressor = setup(model, method, lr=0.0)
-    with warnings_of_thinwire() as warnings:
+    with models.logged() as warnings:
         for step in range(2):
             optimizer.zero_grad()
             model(torch.full((100,), 1e6 if step == 0 else 1.0)).backward()
