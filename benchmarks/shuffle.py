@@ -1,6 +1,6 @@
 """Divide-and-Shuffle measured: its speed on thin networks, also with a slow rank or link, and its quality.
 
-    python benchmarks/shuffle.py speed                  8 ranks at 100 Mbit/s and 1 Gbit/s, about a quarter of an hour
+    python benchmarks/shuffle.py speed                  8 ranks at 100 Mbit/s and 1 Gbit/s, about 25 minutes
     python benchmarks/shuffle.py quality                4 ranks, 3 seeds, some minutes
     python benchmarks/shuffle.py readme                 puts the tables of the committed results into README.md
 
