@@ -3,12 +3,12 @@
 from thinwire.averager import DivideAndShuffleAverager
 from thinwire.ddp import HookState, attach, hook
 from thinwire.estimate import estimate
-from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Method
+from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method
 
 __version__ = "0.1.0"
 __all__ = [
-    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "HookState", "Method", "attach", "estimate",
-    "hook",
+    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "HookState", "Method", "attach",
+    "estimate", "hook",
 ]  # fmt: skip
 
 

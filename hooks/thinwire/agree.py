@@ -1,6 +1,7 @@
 """Do all ranks run the same thing? Asked once, before the first payload: a mismatch later would hang or corrupt."""
 
 import hashlib
+from collections.abc import Callable
 
 _ADVICE = "every rank must be given the same method, the same model and, after a resume, a state of the same step"
 
@@ -32,3 +33,20 @@ def require(everyone: list[dict[str, str]]) -> None:
             differences.append(f"{key}: {found}")
     if differences:
         raise ValueError(f"thinwire: the ranks differ in {'; '.join(differences)}. {_ADVICE.capitalize()}.")
+
+
+def check_together(all_gather_object, check: Callable[[], dict[str, str]]) -> None:
+    """Run a check on every rank and compare what it gives; what it raises on one rank is raised on all.
+
+    check: gives what must be equal on every rank, by name, or raises TypeError or ValueError. Raises ValueError.
+    """
+    says, refusal = {}, ""
+    try:
+        says = check()
+    except (TypeError, ValueError) as error:
+        refusal = f"{type(error).__name__}: {error}"
+    everyone = all_gather_object((refusal, says))
+    refusals = [f"rank {rank}: {refused}" for rank, (refused, _) in enumerate(everyone) if refused]
+    if refusals:
+        raise ValueError("thinwire: " + "; ".join(refusals))
+    require([said for _, said in everyone])

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from thinwire.methods import Method
+from thinwire.methods import Elastic, Method
 from thinwire.reducer import Reducer
 
 _log = logging.getLogger("thinwire")
@@ -42,6 +42,11 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
             f"load_state_dict got the state of rank {sorted(by_rank)} of {was} on rank {reducer.rank} of {now}: pass "
             "this rank's own shard, or a list of the shards of all ranks if their number has changed, so that no "
             "residual is lost"
+        )
+    if was != now and any(shard.get("late") for shard in shards) and (method.replicas_differ or now == 1):
+        raise ValueError(
+            f"load_state_dict got the state of {was} ranks on {now}, with gradients that Elastic had yet to apply and "
+            "that belong to those ranks: call finalize() before saving"
         )
     for name, store in reducer.memory.stores().items():
         store.load_state_dict(states.get(name, {}))
@@ -93,7 +98,13 @@ def _check(shard, method, numels):
                 f"load_state_dict: the state was saved with {field}={theirs.get(field)} and this method has "
                 f"{field}={ours.get(field)}; its tensors mean nothing to it"
             )
-    for name, tensors in shard["memory"].items() if numels is not None else ():
+    if shard.get("late") and (not isinstance(method, Elastic) or method.beta == 1):
+        raise ValueError(
+            "load_state_dict: the state holds gradients that Elastic had yet to apply, and with "
+            f"{method!r} nothing would: load it with Elastic(..., beta below 1), or call finalize() before saving"
+        )
+    held = list(shard["memory"].items()) + [("what is late", late["tensors"]) for late in shard.get("late", ())]
+    for name, tensors in held if numels is not None else ():
         for parameter, tensor in tensors.items():
             if numels.get(parameter) != tensor.numel():
                 has = f"{numels[parameter]} elements" if parameter in numels else "no such parameter"

@@ -70,3 +70,15 @@ def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> N
                 f"BlockSparse(momentum={momentum}) keeps the momentum, and {type(optimizer).__name__}'s parameter "
                 f"group {i} has {own} of its own: set the optimizer's to 0, or the method's"
             )
+
+
+def check_owned(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError where some of the parameters, (name, p), are not the optimizer's."""
+    owned = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
+    missing = [name for name, p in parameters if id(p) not in owned]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not own {len(missing)} of the model's {len(parameters)} trainable parameters "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): give it model.parameters(), after the "
+            "model is where it stays"
+        )

@@ -3,42 +3,48 @@
 
 import gc
 import logging
-import time
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.channel import Channel
 from thinwire.checks import check_model, check_momentum
 from thinwire.ddp_replicas import attach_replicas
-from thinwire.exchange import AllGather, OwnerExchange, gather_now
+from thinwire.exchange import gather_now
 from thinwire.handle import Handle
-from thinwire.memory import wide
-from thinwire.methods import DivideAndShuffle, Method
+from thinwire.methods import DivideAndShuffle, Elastic, Method
 from thinwire.names import parameter_names
 from thinwire.replicas import Replicas
-from thinwire.stats import ring_all_reduce_bytes
 
 _log = logging.getLogger("thinwire")
 
 
-def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None,
-           grad_scaler=None) -> "HookState | Replicas":  # fmt: skip
+def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None, grad_scaler=None,
+           consistency_every: int = 0, log=None) -> "HookState | Replicas":  # fmt: skip
     """Make a DDP model average by ``method``. Call it once, on every rank, before the first backward.
 
     ddp: a DistributedDataParallel, or what torch.compile made of one. optimizer: needed where the method keeps
-    momentum itself, to see that the optimizer keeps none, and by DivideAndShuffle, which averages when it has made
-    its step. grad_scaler: the torch.amp.GradScaler in use, if any: a memory is kept in step when the scale changes,
-    and with DivideAndShuffle a step that one rank skips does not stop the others.
+    momentum itself, to see that the optimizer keeps none; by DivideAndShuffle, which averages when it has made its
+    step; and by Elastic, for the learning rates. grad_scaler: the torch.amp.GradScaler in use, if any: a memory is
+    kept in step when the scale changes, and with DivideAndShuffle a step that one rank skips does not stop the others.
+    consistency_every: measure the inconsistency every so many steps, as ``handle.consistency()`` does; 0 is never,
+    and costs nothing. log: what gets the measurements, beside ``handle.consistency_log``: a TensorBoard
+    ``SummaryWriter``, or a callable that takes a dictionary.
 
-    Returns the handle, with ``stats()``, ``state_dict()`` and ``load_state_dict()``; of DivideAndShuffle it is a
-    :class:`thinwire.replicas.Replicas`. Raises TypeError or ValueError for a model, method or optimizer that cannot
-    work, before anything is changed.
+    Returns the handle, with ``stats()``, ``consistency()``, ``state_dict()`` and ``load_state_dict()``; of
+    DivideAndShuffle it is a :class:`thinwire.replicas.Replicas`, of Elastic an :class:`thinwire.elastic.ElasticState`.
+    Raises TypeError or ValueError for a model, method or optimizer that cannot work, before anything is changed.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)
     if isinstance(method, DivideAndShuffle):
-        return attach_replicas(ddp, method, optimizer, grad_scaler)
-    state = HookState(method, grad_scaler=grad_scaler)
+        return attach_replicas(ddp, method, optimizer, grad_scaler, consistency_every, log)
+    options = {"grad_scaler": grad_scaler, "consistency_every": consistency_every, "log": log}
+    if isinstance(method, Elastic):
+        from thinwire.elastic import attach_elastic  # which is a HookState, so it imports this module
+
+        return attach_elastic(ddp, method, optimizer, **options)
+    state = HookState(method, **options)
     check_model(ddp)
     check_momentum(method, optimizer)
     state.bind(ddp)
@@ -60,8 +66,9 @@ class HookState(Handle):
 
     is_copy = False
 
-    def __init__(self, method: Method, *, grad_scaler=None):
-        super().__init__(method, grad_scaler)
+    def __init__(self, method: Method, *, grad_scaler=None, consistency_every: int = 0, log=None,
+                 runs: Method | None = None):  # fmt: skip
+        super().__init__(method, grad_scaler, consistency_every, log, runs)
         self._names: dict[torch.Tensor, str] | None = None
 
     def __reduce__(self):
@@ -73,10 +80,9 @@ class HookState(Handle):
         """Take names, sizes and the process group from the model."""
         self._names = parameter_names(ddp.module, ddp.parameters_to_ignore)
         self._group = ddp.process_group
-        self._all_gather, self._owners = AllGather(self._group), OwnerExchange(self._group)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
         self._start(numels, self._group.rank(), self._group.size())
-        self._alive: list = []
+        self._channel = Channel(self._group, self._reducer, self._stats)
         if self._group.size() == 1 and self._block_sparse.momentum:
             _log.warning("thinwire: on one rank nothing is averaged and no memory is kept, so there is no momentum "
                          "either: momentum=%g acts from two ranks on", self._block_sparse.momentum)  # fmt: skip
@@ -87,9 +93,10 @@ class HookState(Handle):
             self.bind(_owner(self, bucket.parameters()[0]))
         self._agree(self._gather_objects)
         if bucket.index() == 0:
-            self._follow_scale()
-            self._alive.clear()
+            self._channel.forget()
+            self._begin_step()
         step = self._step
+        self._note_gradient(bucket.buffer(), step)
         if bucket.is_last():
             self._step += 1
             self._stats.steps += 1
@@ -98,39 +105,18 @@ class HookState(Handle):
         return self._exchange(bucket, step)
 
     def _exchange(self, bucket, step):
-        begin = time.perf_counter()
-        stats, flat, parameters = self._stats, bucket.buffer(), bucket.parameters()
+        return self._channel.average(bucket.buffer(), *self._parameters_of(bucket), step, self._density_at(step))
+
+    def _parameters_of(self, bucket):
+        """Names and numels, in order."""
+        parameters = bucket.parameters()
         if parameters[0] not in self._names:
             raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each model")
-        names = tuple(self._names[p] for p in parameters)
-        numels = tuple(p.numel() for p in parameters)
-        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now)
-        sending = time.perf_counter()
-        exchange = self._owners if encoded.choice.common else self._all_gather
-        flight = exchange.start(encoded.payload, encoded.wire, encoded.choice.slots, wide(flat.dtype))
-        encoded.prepare()
-        if flat.is_cuda:
-            # The callback's work is queued on a stream of its own and reads tensors made on this one: they must not
-            # be freed before that work is done, which it is when the optimizer has stepped.
-            self._alive.append((encoded, flight))
-        stats.encode_s += sending - begin
-        stats.count_bytes(flight.bytes_sent)
-        stats.dense_bytes += ring_all_reduce_bytes(flat.numel() * flat.element_size(), self._group.size())
+        return tuple(self._names[p] for p in parameters), tuple(p.numel() for p in parameters)
 
-        def decode(future):
-            future.value()  # raises if the collective failed; what it holds differs between backends
-            arriving = time.perf_counter()
-            lost = None if flight.lost is None else (flight.owned[self._group.rank()], flight.lost)
-            self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), lost)
-            stats.exchange_s += arriving - sending
-            stats.decode_s += time.perf_counter() - arriving
-            return flat
-
-        return flight.future.then(decode)
-
-    def _gather_now(self, values):
-        self._stats.count_bytes((self._group.size() - 1) * values.numel() * values.element_size())
-        return gather_now(values, self._group)
+    def _gather_numbers(self, values):
+        device = next(iter(self._names)).device  # NCCL gathers what is on its device only
+        return gather_now(values.to(device), self._group)
 
     def _gather_objects(self, thing):
         everyone = [None] * self._group.size()

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire import agree, hosts
 from thinwire.averager import float_buffers
-from thinwire.checks import check_model
+from thinwire.checks import check_model, check_owned
 from thinwire.groups import Groups
 from thinwire.methods import DivideAndShuffle
 from thinwire.names import parameter_names
@@ -126,14 +126,7 @@ def check_optimizer(method: DivideAndShuffle, optimizer, parameters) -> None:
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         raise TypeError("ZeroRedundancyOptimizer steps each parameter on one rank only: use the optimizer inside it")
-    owned = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
-    missing = [name for name, p in parameters if id(p) not in owned]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not own {len(missing)} of the model's {len(parameters)} trainable parameters "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): give it model.parameters(), after the "
-            "model is where it stays"
-        )
+    check_owned(optimizer, parameters)
     every = method.average_optimizer_state
     if every != "auto" and every and "betas" not in optimizer.defaults:
         raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 
 from thinwire.blocks import Layout
-from thinwire.methods import DivideAndShuffle, Method, block_sparse
+from thinwire.methods import DivideAndShuffle, Elastic, Method, block_sparse
 from thinwire.names import parameter_names
 from thinwire.selection import named_by_rank
 from thinwire.stats import ring_all_reduce_bytes
@@ -15,6 +15,7 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     step: None is after the ramp. For nominated it is the most, but for a few indices where there are several buckets:
     ranks that name the same block send it once. Under Horovod independent and permuted send the union of all ranks'
     blocks in a ring, which is more. Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them.
+    With density="auto" it is that of max_density; Elastic sends what its method sends, but for a few bytes of norms.
     Raises TypeError for DivideAndShuffle, whose bytes depend on the round.
     """
     if isinstance(method, DivideAndShuffle):
@@ -22,7 +23,7 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
             "there is no estimate for DivideAndShuffle: a round in a group of s ranks sends 2 (s - 1) / s times what "
             "is averaged"
         )
-    method = block_sparse(method)
+    method = block_sparse(method.method if isinstance(method, Elastic) else method)
     step = method.warmup_steps + method.ramp_steps if step is None else step
     names = tuple(parameter_names(model).values())
     parameters = list(parameter_names(model))

@@ -25,9 +25,7 @@ class Groups:
         self.rank, self.size = group.rank(), group.size()
         self._everyone = tuple(range(self.size))
         self._groups: dict[Group, dist.ProcessGroup] = {self._everyone: group}
-        backend = dist.get_backend(group)
-        if backend == dist.Backend.UNDEFINED:  # one for each type of device
-            backend = dist.get_backend_config(group)
+        backend = backend_of(group)
         for members in needed(partitions, self.size):
             ranks = [dist.get_global_rank(group, rank) for rank in members]
             made = dist.new_group(ranks, backend=backend)
@@ -59,6 +57,14 @@ class Groups:
             if members != self._everyone:
                 dist.destroy_process_group(group)
         self._groups = {self._everyone: self._groups[self._everyone]}
+
+
+def backend_of(group: dist.ProcessGroup) -> str:
+    """What to give ``new_group`` for a group of the same kind."""
+    backend = dist.get_backend(group)
+    if backend == dist.Backend.UNDEFINED:  # one for each type of device
+        backend = dist.get_backend_config(group)
+    return backend
 
 
 def needed(partitions: tuple[Partition, ...], size: int) -> list[Group]:

@@ -58,10 +58,11 @@ class Compressor(Handle):
     Raises TypeError or ValueError for what cannot work, ImportError without Horovod.
     """
 
-    def __init__(self, named_parameters, method: Method, *, process_set=None, optimizer=None, grad_scaler=None):
+    def __init__(self, named_parameters, method: Method, *, process_set=None, optimizer=None, grad_scaler=None,
+                 consistency_every: int = 0, log=None):  # fmt: skip
         if hvd is None:
             raise ImportError(f"thinwire.horovod needs horovod.torch, which does not import here: {_why_not}")
-        super().__init__(method, grad_scaler)
+        super().__init__(method, grad_scaler, consistency_every, log)
         if self._block_sparse.selection == "topk":
             raise ValueError(
                 "BlockSparse(selection='topk') gives every rank blocks that the others cannot know, and Horovod's "
@@ -92,15 +93,16 @@ class Compressor(Handle):
             self._check_process_set()
         self._agree(self._gather_objects)
         name = self._name_of(tensor)
-        self._follow_scale()
         step = self._count_step(name)
+        self._note_gradient(tensor, step)
         self._stats.dense_bytes += self._ring_bytes(tensor)
         if self._block_sparse.selection == "nominated":
             self._deferred[name] = _InFlight(name, tensor)
             one = torch.ones(1, device=tensor.device)
             self._stats.count_bytes(self._ring_bytes(one))
             return one, self._deferred[name]
-        encoded = self._reducer.encode(tensor.reshape(-1), (name,), (tensor.numel(),), step, self._gather_now)
+        encoded = self._reducer.encode(tensor.reshape(-1), (name,), (tensor.numel(),), step, self._gather_now,
+                                       self._density_at(step))  # fmt: skip
         values, over = encoded.payload.values, None
         if not encoded.choice.common:
             values, over = _widen_to_union(encoded)
@@ -130,8 +132,8 @@ class Compressor(Handle):
             raise RuntimeError(f"state_dict(): this rank is not in {self._set}, so it has no state")
         return super().state_dict()
 
-    def load_state_dict(self, state) -> None:
-        super().load_state_dict(state)
+    def _put_back(self, shard):
+        super()._put_back(shard)
         self._steps = dict.fromkeys(self._steps, self._step)
 
     def _count_step(self, name):
@@ -139,6 +141,7 @@ class Compressor(Handle):
         step = self._steps[name]
         self._steps[name] = step + 1
         if step == self._step:
+            self._begin_step()
             self._step += 1
             self._stats.steps += 1
         return step
@@ -154,7 +157,7 @@ class Compressor(Handle):
             names = tuple(one.name for one in group)
             numels = tuple(one.grad.numel() for one in group)
             step = self._steps[names[0]] - 1
-            encoded = self._reducer.encode(flat, names, numels, step, self._gather_now)
+            encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, self._density_at(step))
             self._note_sent(names[0], encoded, encoded.payload.values)
             sending = time.perf_counter()
             values = encoded.payload.values
@@ -201,6 +204,9 @@ class Compressor(Handle):
     def _gather_now(self, values):
         self._stats.count_bytes((self._set.size() - 1) * values.numel() * values.element_size())
         return hvd.allgather(values[None], name="thinwire.nominations", process_set=self._set)
+
+    def _gather_numbers(self, values):
+        return hvd.allgather(values[None], name="thinwire.consistency", process_set=self._set)
 
     def _gather_objects(self, thing):  # hvd.allgather_object knows no process sets
         text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8)

@@ -72,6 +72,9 @@ class NoMemory:
     def stores(self) -> dict[str, FlatStore]:
         return {}
 
+    def waiting(self) -> dict[str, torch.Tensor]:
+        return {}
+
 
 class ErrorFeedback:
     """What is not sent waits in the residual and is added to the next gradient; with momentum, see BlockSparse."""
@@ -120,6 +123,10 @@ class ErrorFeedback:
 
     def stores(self) -> dict[str, FlatStore]:
         return {"residual": self.residual} | ({} if self.velocity is None else {"velocity": self.velocity})
+
+    def waiting(self) -> dict[str, torch.Tensor]:
+        """What has yet to be sent, 1-D, by parameter name."""
+        return self.residual.views()
 
     def _take(self, reading, choice, dtype, scale):
         values = torch.empty(choice.slots.numel, dtype=dtype, device=reading.source.device)
@@ -176,6 +183,9 @@ class ControlVariate:
 
     def stores(self) -> dict[str, FlatStore]:
         return {"own": self.own, "mean": self.mean}
+
+    def waiting(self) -> dict[str, torch.Tensor]:
+        return {}
 
 
 def of(name: str, momentum: float) -> NoMemory | ErrorFeedback | ControlVariate:

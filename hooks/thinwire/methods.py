@@ -14,6 +14,7 @@ HEAVIEST = ("topk", "nominated")
 MEMORIES = ("none", "error_feedback", "control_variate")
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OVERLAPS = ("none", "bucket", "delayed")
+DECISIONS = ("agreed", "arrival")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class BlockSparse(Method):
         ``nominated``    each rank names its heaviest, all send the union; bytes do not grow with the ranks
     density: share of each parameter's blocks that one rank sends, in (0, 1]; for nominated, the share that all
         ranks together name. At least one block of every parameter. None is 1 / world_size, the paper's m/n,
-        which is meant for the random selections: give topk and nominated one of their own, such as 0.01.
+        which is meant for the random selections: give topk and nominated one of their own, such as 0.01. ``auto``
+        is the smallest that keeps the measured inconsistency under max_inconsistency, chosen anew every so many
+        steps and the same on every rank (:class:`thinwire.controller.DensityController`); error feedback only.
     block_size: elements a block. Small blocks choose better, large ones run faster: 16 to 64 is the range to tune.
     memory: what becomes of what was not sent.
         ``none``             forgotten; random selections are scaled so that the result is an unbiased estimate of
@@ -76,12 +79,15 @@ class BlockSparse(Method):
         are where a late update shows. Wider biases and norms are sparsified like the rest: at a density of 1 %
         they would be about a third of what a transformer of width 256 sends.
     seed: of the random selections, in [0, 2**63). The same on every rank.
+    max_inconsistency: with density="auto", the limit for ||x - v|| / lr, the norm of the mean residual, in the units
+        of a gradient's norm; see ``handle.consistency()`` for what it is with a density that you know to work.
+    min_density, max_density: with density="auto", its bounds, in (0, 1].
 
     Raises TypeError or ValueError for a wrong value or a combination that cannot be right.
     """
 
     selection: str = "independent"
-    density: float | None = None
+    density: float | str | None = None
     block_size: int = 64
     memory: str | None = None
     momentum: float = 0.0
@@ -90,14 +96,18 @@ class BlockSparse(Method):
     ramp_steps: int = 0
     dense_below: int = 256
     seed: int = 0
+    max_inconsistency: float | None = None
+    min_density: float = 0.001
+    max_density: float = 1.0
 
     def __post_init__(self):
         _check_one_of(self, "selection", RANDOM + HEAVIEST)
         if self.memory is None:
             object.__setattr__(self, "memory", "none" if self.selection in RANDOM else "error_feedback")
         _check_one_of(self, "memory", MEMORIES)
-        if self.density is not None:
-            _check_number(self, "density", "a number in (0, 1], or None for 1 / world_size", lambda x: 0 < x <= 1)
+        if self.density is not None and not self.automatic:
+            allowed = "a number in (0, 1], 'auto', or None for 1 / world_size"
+            _check_number(self, "density", allowed, lambda x: 0 < x <= 1)
             object.__setattr__(self, "density", float(self.density))
         _check_number(self, "momentum", "a number in [0, 1)", lambda x: 0 <= x < 1)
         _check_wire_dtype(self)
@@ -118,22 +128,34 @@ class BlockSparse(Method):
                 "memory='error_feedback'"
             )
 
+        self._check_automatic()
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the density follows the measured inconsistency."""
+        return self.density == "auto"
+
     @property
     def unbiased(self) -> bool:
         """Whether what a rank sends is divided by its density, so that its expectation is the gradient."""
         return self.selection in RANDOM and self.memory != "error_feedback"
 
     def density_at(self, step: int, world_size: int) -> float:
-        """The density of a step (from 0): 1 in the warm-up, then a geometric fall to the final density."""
-        final = 1 / world_size if self.density is None else self.density
+        """The density of a step (from 0): 1 in the warm-up, then a geometric fall to the final density; of "auto",
+        the largest that it may be."""
+        final = {None: 1 / world_size, "auto": self.max_density}.get(self.density, self.density)
         if step < self.warmup_steps:
             return 1.0
         done = step - self.warmup_steps + 1
         return final if done > self.ramp_steps else final ** (done / (self.ramp_steps + 1))
 
-    def counts_at(self, step: int, world_size: int, numels: tuple[int, ...]) -> tuple[int, ...]:
-        """How many blocks of each parameter travel in a step: from each rank, or for nominated in all."""
-        density = self.density_at(step, world_size)
+    def counts_at(self, step: int, world_size: int, numels: tuple[int, ...],
+                  density: float | None = None) -> tuple[int, ...]:  # fmt: skip
+        """How many blocks of each parameter travel in a step: from each rank, or for nominated in all.
+
+        density: the step's, where it is not the method's to know.
+        """
+        density = self.density_at(step, world_size) if density is None else density
         counts = []
         for numel in numels:
             blocks = -(-numel // self.block_size)
@@ -142,6 +164,93 @@ class BlockSparse(Method):
                 count = min(count, blocks // world_size)  # rounding up would let two ranks send the same block
             counts.append(count)
         return tuple(counts)
+
+
+    def _check_automatic(self):
+        for name in ("min_density", "max_density"):
+            _check_number(self, name, "a number in (0, 1]", lambda x: 0 < x <= 1)
+        if self.min_density > self.max_density:
+            raise ValueError(
+                f"BlockSparse(min_density={self.min_density}, max_density={self.max_density}): min_density must not "
+                "be above max_density"
+            )
+        if not self.automatic:
+            if self.max_inconsistency is not None:
+                raise ValueError(
+                    f"BlockSparse(density={self.density!r}, max_inconsistency={self.max_inconsistency}): "
+                    "max_inconsistency acts with density='auto' only"
+                )
+            return
+        _check_number(self, "max_inconsistency", "a positive number, with density='auto'", lambda x: 0 < x < math.inf)
+        for name, needed, reason in (
+            ("memory", "error_feedback", "without a residual the inconsistency is 0 at any density"),
+            ("ramp_steps", 0, "it begins at max_density and comes down by itself"),
+        ):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"BlockSparse(density='auto', {name}={getattr(self, name)!r}): {name} must be {needed!r}: {reason}"
+                )
+
+
+@dataclass(frozen=True)
+class Elastic(Method):
+    """Do not wait for all of a step's averages; apply the rest a little later (Nadiradze et al., 2001.05918).
+
+    A bucket that is not waited for is late: it travels behind the next steps' computation, and its average is added
+    to the gradient of a later step. No gradient is lost or applied twice. Buckets are DDP's: with few of them (see
+    its ``bucket_cap_mb``) there is little to choose from. Use it with ``thinwire.attach(ddp, method,
+    optimizer=optimizer)``, and call ``handle.finalize()`` at the end.
+
+    method: how a bucket is averaged: ``Dense()`` or a ``BlockSparse``.
+    beta: the share of the gradient's norm, a sum over its parameters' L2 norms, that must have been averaged before a
+        step is made, in [0, 1]. At 1 nothing is late, which is ``method`` itself, bit for bit; at 0 everything is.
+    max_delay: by how many steps a late average may be late, at least 1.
+    speculate: use the rank's own gradient in the place of a late average, and correct it when that is there (the
+        paper's variance-bounded scheduler), instead of nothing (norm-bounded). Replicas then differ by what is not
+        yet corrected. It helps where the ranks' gradients are alike: where their deviation is below their mean.
+    decide: which buckets are late.
+        ``agreed``   decided before a step from the norms of the step before, added up over the ranks: the fewest
+                     buckets, the heaviest first, that make up beta of the norm are waited for, and the others are
+                     applied exactly max_delay steps later. The same on every rank, so replicas stay bitwise equal
+                     (but for speculate) and every optimizer works
+        ``arrival``  the paper's rule: wait until the buckets that have arrived, whichever they are, carry beta of
+                     the rank's norm. Replicas differ by what is late until ``finalize()``
+
+    The learning rate that counts for a late average is that of the step that issued it, for ``torch.optim.SGD``: it
+    is multiplied by their ratio. Other optimizers' steps are not proportional to the gradient, so there it is that
+    of the step that applies it.
+
+    Where replicas may differ, with speculate or arrival, the optimizer must be a ``torch.optim.SGD`` without momentum
+    and weight decay: only then is the result the same, to rounding, in whichever step a gradient is applied.
+    ``BlockSparse(momentum=...)`` keeps momentum before anything is sent, and is allowed.
+
+    Raises TypeError or ValueError for a wrong value or a combination that cannot be right.
+    """
+
+    method: Method
+    beta: float = 0.8
+    max_delay: int = 1
+    speculate: bool = False
+    decide: str = "agreed"
+
+    def __post_init__(self):
+        if not isinstance(self.method, (Dense, BlockSparse)):
+            raise TypeError(f"{_given(self, 'method')}: method must be a Dense or a BlockSparse")
+        _check_number(self, "beta", "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        object.__setattr__(self, "beta", float(self.beta))
+        _check_integer(self, "max_delay", 1)
+        _check_one_of(self, "speculate", (True, False))
+        _check_one_of(self, "decide", DECISIONS)
+
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether ranks may apply the same average in different steps."""
+        return self.beta < 1 and (self.speculate or self.decide == "arrival")
+
+    def describe(self) -> dict[str, str]:
+        """As any method's; the fields of the method inside are among them, under their own names."""
+        mine = {f"elastic.{f.name}": str(getattr(self, f.name)) for f in fields(self) if f.name != "method"}
+        return self.method.describe() | mine
 
 
 @dataclass(frozen=True)
@@ -248,6 +357,10 @@ def block_sparse(method: Method) -> BlockSparse:
         return method.as_block_sparse()
     if isinstance(method, BlockSparse):
         return method
+    if isinstance(method, Elastic):
+        raise TypeError(
+            f"method is {method!r}: it needs the optimizer; use thinwire.attach(ddp, method, optimizer=optimizer)"
+        )
     if isinstance(method, DivideAndShuffle):
         raise TypeError(
             f"method is {method!r}: it averages parameters, not gradients; use thinwire.attach(ddp, method, "

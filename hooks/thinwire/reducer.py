@@ -48,12 +48,13 @@ class Reducer:
         self._slots: dict[tuple[str, ...], Slots] = {}
 
     def encode(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], step: int,
-               all_gather: _Gather) -> Encoded:  # fmt: skip
+               all_gather: _Gather, density: float | None = None) -> Encoded:  # fmt: skip
         """Choose and pack what this rank sends of flat [N]; memory takes in the rest.
 
-        names and numels: the parameters in flat, in order. all_gather: see selection.Question.
+        names and numels: the parameters in flat, in order. all_gather: see selection.Question. density: of this step,
+        where the method does not know it.
         """
-        slots = self._slots_for(names, numels, step)
+        slots = self._slots_for(names, numels, step, density)
         selection_ = selection.Whole() if all(slots.whole) else self._selection
         reading = self.memory.add(flat, slots, selection_.ranks)
         choice = selection_.choose(
@@ -81,8 +82,8 @@ class Reducer:
         total = Sum(arrived, *over, to_mean, to_estimate, lost)
         self.memory.settle(reading, choice, encoded.payload, encoded.wire, total)
 
-    def _slots_for(self, names, numels, step):
-        counts = self.method.counts_at(step, self.world_size, numels)
+    def _slots_for(self, names, numels, step, density):
+        counts = self.method.counts_at(step, self.world_size, numels, density)
         slots = self._slots.get(names)
         if slots is None or slots.counts != counts:
             layout = Layout(names, numels, self.method.block_size) if slots is None else slots.layout

@@ -1,6 +1,6 @@
 """Bytes and seconds of the steps done so far."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 
 @dataclass
@@ -30,6 +30,10 @@ class Stats:
     def compression(self) -> float:
         """dense_bytes / bytes_sent; 1.0 where nothing was or would be sent."""
         return self.dense_bytes / self.bytes_sent if self.bytes_sent else 1.0
+
+    def __add__(self, other: "Stats") -> "Stats":
+        """Field by field."""
+        return Stats(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self) | {"compression": self.compression}

@@ -36,6 +36,10 @@ class FlatStore:
         for view in self._views.values():
             view.mul_(factor)
 
+    def views(self) -> dict[str, torch.Tensor]:
+        """Each parameter's state itself, 1-D."""
+        return dict(self._views)
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A copy of each parameter's state, 1-D."""
         return {name: view.clone() for name, view in self._views.items()}

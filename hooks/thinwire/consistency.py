@@ -1,0 +1,113 @@
+"""How far what the ranks compute with is from the ideal iterate: elastic consistency, measured.
+
+Elastic consistency (Nadiradze et al., 2001.05918, Def. 1) is E||x - v||^2 <= lr^2 B^2: x has had every gradient
+applied to it, v is what a rank computes its next gradient at. x - v is the same sum of gradients that wait somewhere,
+in the mean of the residuals, or late, for all ranks, plus what one rank alone has or lacks.
+
+Vectors of the model's size are not sent to be measured: :func:`sketch` maps each to SKETCH numbers whose norm is the
+vector's, to about 1 / sqrt(SKETCH) = 2 %, and sketches of sums are sums of sketches.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral
+
+import torch
+
+from thinwire import bounds
+from thinwire.blocks import unit_of
+from thinwire.methods import BlockSparse, Dense, Elastic, Method
+
+SKETCH = 2048
+
+
+def sketch(tensors: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    """float64 [SKETCH], on the CPU: every element, with a random sign, added to one of SKETCH sums.
+
+    tensors: parameters' names and 1-D tensors. The signs depend on the names alone.
+    """
+    total = torch.zeros(SKETCH, dtype=torch.float64)
+    for name, tensor in tensors:
+        signs = torch.Generator(tensor.device).manual_seed(unit_of(name))
+        rows = -(-tensor.numel() // SKETCH)
+        flipped = torch.randint(0, 2, (rows, SKETCH), dtype=torch.int8, generator=signs, device=tensor.device)
+        padded = torch.nn.functional.pad(tensor.detach().to(torch.float64), (0, rows * SKETCH - tensor.numel()))
+        total += ((1 - 2 * flipped) * padded.view(rows, SKETCH)).sum(0).cpu()
+    return total
+
+
+def measure(waits: torch.Tensor, alone: torch.Tensor | None, gradient_norm: float,
+            all_gather: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[float], float]:  # fmt: skip
+    """||x - v_i|| of every rank i, and the largest gradient_norm of all: the same numbers on all ranks.
+
+    waits: sketch of what waits on this rank and will be applied as its mean over ranks. alone: sketch of what this
+    rank's x - v has besides, or None where no rank has anything. all_gather: float64 [L] to [ranks, L].
+    """
+    norm = torch.tensor([gradient_norm], dtype=torch.float64)
+    everyone = all_gather(torch.cat([norm, waits] if alone is None else [norm, waits, alone])).cpu()
+    largest = max(everyone[:, 0].tolist())
+    total = torch.zeros(SKETCH, dtype=torch.float64)
+    for row in everyone[:, 1 : 1 + SKETCH]:  # in rank order: a sum that no machine's instructions can change
+        total += row
+    mean = total / len(everyone)
+    if alone is None:
+        return [_norm(mean)] * len(everyone), largest
+    return [_norm(mean + row) for row in everyone[:, 1 + SKETCH :]], largest
+
+
+def bound(method: Method, shares: Iterable[float], tensors: int, gradient_norm: float) -> float | None:
+    """The paper's B for a method (2001.05918; see thinwire.bounds), or None where it has none.
+
+    shares: of its blocks that each parameter sends, as rounded; tensors: how many parameters there are; gradient_norm:
+    M, the largest norm of a rank's gradient.
+    """
+    if isinstance(method, Dense):
+        return 0.0
+    if isinstance(method, Elastic):
+        inner = bound(method.method, shares, tensors, gradient_norm)
+        if inner is None:
+            return None
+        if method.speculate:  # the average for the own gradient: both have at most the norm M
+            return inner + 2 * method.max_delay * gradient_norm
+        beta = method.beta if method.decide == "arrival" or method.beta == 1 else 0.0
+        return inner + bounds.elastic_norm_bounded(beta, tensors, method.max_delay, gradient_norm)
+    if not isinstance(method, BlockSparse) or method.selection == "nominated" and method.memory != "none":
+        return None  # a rank's own residual need not shrink where others nominate the blocks
+    if method.memory != "error_feedback":
+        return 0.0
+    return bounds.error_feedback(1 - min(shares), gradient_norm / (1 - method.momentum))
+
+
+def check_every(steps: int) -> int:
+    """consistency_every as given. Raises TypeError or ValueError where it is no integer of at least 0."""
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
+        raise TypeError(f"consistency_every={steps!r}: it must be an integer, steps between measurements")
+    if steps < 0:
+        raise ValueError(f"consistency_every={steps!r}: it must be at least 0; 0 is never")
+    return int(steps)
+
+
+def writer(log) -> Callable[[dict], None]:
+    """What takes the measurements: a callable as it is, or one that writes to a TensorBoard ``SummaryWriter``.
+
+    Raises TypeError for anything else.
+    """
+    if hasattr(log, "add_scalar"):
+        return lambda found: _write_scalars(log, found)
+    if not callable(log):
+        raise TypeError(
+            f"log is a {type(log).__name__}: it must be a SummaryWriter, or a callable that takes a dictionary, such "
+            "as list.append"
+        )
+    return log
+
+
+def _write_scalars(summary_writer, found):
+    for key, value in found.items():
+        if key != "step" and value is not None:
+            summary_writer.add_scalar(f"thinwire/{key}", value, found["step"])
+
+
+def _norm(vector):
+    """Exactly rounded, so the same on every machine."""
+    return math.sqrt(math.fsum((vector * vector).tolist()))

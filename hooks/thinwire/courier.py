@@ -1,0 +1,87 @@
+"""A thread that does one job after another while training goes on."""
+
+import atexit
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+
+
+class Courier:
+    """Runs jobs in the order in which they were given, in a thread of its own and, on a GPU, on a stream of its own.
+
+    A job is done when the device has done it too. When one raises, the courier stops: ``on_error`` hears of it, and
+    everything asked of it afterwards raises.
+    """
+
+    error: BaseException | None = None
+
+    def __init__(self, name: str, device: torch.device, on_error: Callable[[BaseException], None]):
+        self._device = device
+        self._on_error = on_error
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        # A daemon: a rank that fails must be able to leave while another one's answer is still being waited for.
+        threading.Thread(target=_work, args=(self._jobs, weakref.ref(self), device), name=name, daemon=True).start()
+        atexit.register(_finish, weakref.ref(self))
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Run a job when all earlier ones are done, and after what the caller's stream has been given so far."""
+        self.check()
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        self._jobs.put((job, ready))
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until all jobs so far are done; raises what one of them raised."""
+        if self.error is None:
+            done = threading.Event()
+            self._jobs.put(done)
+            done.wait(seconds)
+        self.check()
+
+    def check(self) -> None:
+        """Raise RuntimeError if a job has failed."""
+        if self.error is not None:
+            raise RuntimeError(f"thinwire: an exchange in the background failed: {self.error!r}") from self.error
+
+    def close(self) -> None:
+        """End the thread when it has done its jobs."""
+        self._jobs.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self._on_error(error)
+
+
+def _work(jobs, courier, device):
+    stream = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream(device)
+        torch.cuda.set_stream(stream)
+    failed = False
+    while (item := jobs.get()) is not None:
+        if isinstance(item, threading.Event):
+            item.set()
+        elif not failed:
+            job, ready = item
+            try:
+                if stream is not None:
+                    stream.wait_event(ready)
+                job()
+                if stream is not None:
+                    stream.synchronize()
+            except BaseException as error:
+                failed = True
+                if (alive := courier()) is not None:
+                    alive.fail(error)
+        item = job = None  # else the last job's tensors would live until the next one
+
+
+def _finish(courier):
+    if (alive := courier()) is not None and alive.error is None:
+        alive.wait(seconds=10.0)

@@ -1,0 +1,565 @@
+"""Elastic scheduling on real process groups: nothing lost or applied twice, and replicas equal where they must be."""
+
+import contextlib
+import random
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import attach, data, equal_on_all_ranks, flat, local_gradient, logged, mlp, sgd, step, wrap
+from thinwire import BlockSparse, Dense, Elastic
+from thinwire.channel import Channel
+from thinwire.lateness import Late, Ledger, heaviest
+from thinwire.scheduling import Arrival
+from torch.nn.parallel import DistributedDataParallel
+
+SPARSE = BlockSparse("nominated", density=0.1, block_size=16, dense_below=20)
+EVERY_RULE = [
+    Elastic(Dense(), beta=0.5),
+    Elastic(Dense(), beta=0.0, max_delay=3),
+    Elastic(Dense(), beta=0.5, speculate=True),
+    Elastic(Dense(), beta=0.5, decide="arrival"),
+    Elastic(Dense(), beta=0.3, max_delay=2, speculate=True, decide="arrival"),
+    Elastic(SPARSE, beta=0.5),
+    Elastic(SPARSE, beta=0.5, decide="arrival"),
+    Elastic(BlockSparse(block_size=16), beta=0.3),
+]
+
+
+def label(method):
+    kind = method.method.selection if isinstance(method.method, BlockSparse) else "dense"
+    extra = "-speculate" if method.speculate else ""
+    return f"{method.decide}-{kind}-beta{method.beta}-delay{method.max_delay}{extra}"
+
+
+@contextlib.contextmanager
+def jitter(rank, longest=0.02):
+    """Make averages arrive and backward passes end after random times, others on every rank: so is what is late."""
+    random_, average, end = random.Random(rank), Channel.average, Arrival.end
+
+    def sleep(longest):
+        time.sleep(random_.choice([0.0, 0.0, longest / 4, longest]))
+
+    def slow_average(self, *args):
+        future = average(self, *args)
+        future.wait()
+        sleep(0.004)
+        return future
+
+    def slow_end(self, step):
+        sleep(longest)
+        end(self, step)
+
+    Channel.average, Arrival.end = slow_average, slow_end
+    try:
+        yield
+    finally:
+        Channel.average, Arrival.end = average, end
+
+
+def average_over_ranks(tensors):
+    total = flat(tensors)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+# ---- what is waited for ----
+
+
+def test_heaviest_are_the_fewest_that_make_up_beta():
+    assert heaviest([1.0, 4.0, 2.0, 3.0], 0.5) == {1, 3}
+    assert heaviest([1.0, 4.0, 2.0, 3.0], 0.4) == {1}
+    assert heaviest([1.0, 4.0, 2.0, 3.0], 0.0) == set()
+    assert heaviest([1.0, 4.0, 2.0, 0.0], 1.0) == {0, 1, 2, 3}
+    assert heaviest([2.0, 2.0, 2.0], 0.5) == {0, 1}
+    assert heaviest([1.0, float("nan")], 0.1) == {0, 1}
+    assert heaviest([], 0.5) == set()
+
+
+def test_ledger_applies_each_part_once_also_in_other_buckets():
+    ledger = Ledger()
+    late = Late(0, ("a", "b", "c"), (2, 1, 3), torch.arange(6.0), (0.1, 0.1, 0.2))
+    ledger.add(late)
+    late.land()
+
+    class Bucket:
+        names, numels, flat = ("c", "a"), (3, 2), torch.zeros(5)
+
+    ledger.deliver(ledger.lates, Bucket, lambda name, lr: 2.0)
+    assert Bucket.flat.tolist() == [6.0, 8.0, 10.0, 0.0, 2.0]
+    ledger.deliver(ledger.lates, Bucket, lambda name, lr: 2.0)
+    assert Bucket.flat.tolist() == [6.0, 8.0, 10.0, 0.0, 2.0]
+    assert set(ledger.pending()) == {"b"}
+    Bucket.names, Bucket.numels, Bucket.flat = ("b",), (1,), torch.zeros(1)
+    ledger.deliver(ledger.lates, Bucket, lambda name, lr: None)
+    assert Bucket.flat.tolist() == [0.0] and set(ledger.pending()) == {"b"}
+    ledger.deliver(ledger.lates, Bucket, lambda name, lr: 1.0)
+    assert Bucket.flat.tolist() == [2.0] and not ledger.lates
+
+
+# ---- beta = 1 ----
+
+
+def trained(rank, method, steps=6, **options):
+    model = mlp()
+    ddp, optimizer = wrap(model), sgd(model)
+    handle = attach(ddp, method, optimizer, **options)
+    batches = data(rank)
+    for _ in range(steps):
+        step(ddp, optimizer, next(batches))
+    return model, handle
+
+
+def beta_one(rank, n, inner):
+    ours, handle = trained(rank, Elastic(inner, beta=1.0))
+    plain, _ = trained(rank, inner)
+    handle.finalize()
+    return torch.equal(flat(ours.parameters()), flat(plain.parameters())), handle.stats()["late_buckets"]
+
+
+@pytest.mark.parametrize("inner", [Dense(), SPARSE, BlockSparse(block_size=16)], ids=lambda m: repr(m)[:30])
+def test_beta_one_is_the_method_itself(ranks, inner):
+    assert ranks(3).run(beta_one, inner) == [(True, 0)] * 3
+
+
+def one_rank(rank, n):
+    ours, handle = trained(rank, Elastic(Dense(), beta=0.0))
+    handle.finalize()
+    plain, _ = trained(rank, Dense())
+    return torch.equal(flat(ours.parameters()), flat(plain.parameters()))
+
+
+def test_one_rank_is_plain_ddp(ranks):
+    assert ranks(1).run(one_rank) == [True]
+
+
+# ---- conservation ----
+
+
+def conservation(rank, n, method, steps, accumulate=1, schedule=False, resume_at=None):
+    """x_0 - the sum of lr_t times the average gradient that step t issued, against x after finalize().
+
+    With a memory, what remains in the residuals was not sent, and is added back at the last learning rate, which must
+    therefore be constant.
+    """
+    with jitter(rank):
+        model = mlp()
+        ddp, optimizer = wrap(model), sgd(model)
+        handle = attach(ddp, method, optimizer)
+        batches, lrs = data(rank), random.Random(7)
+        expected, pending_seen = flat(model.parameters()), 0
+        for t in range(steps):
+            lr = lrs.choice([0.01, 0.02, 0.05]) if schedule else 0.02
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            issued = 0
+            for i in range(accumulate):
+                batch = next(batches)
+                issued = issued + flat(local_gradient(model, batch))
+                with ddp.no_sync() if i < accumulate - 1 else contextlib.nullcontext():
+                    ((ddp(batch[0]) - batch[1]) ** 2).mean().backward()
+            optimizer.step()
+            expected -= lr * average_over_ranks([issued])
+            pending_seen += bool(handle._ledger.lates)
+            if t == resume_at:
+                state = handle.state_dict()
+                weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+                model = mlp(seed=5)
+                ddp, optimizer = wrap(model), sgd(model)
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        p.copy_(weights[name])
+                handle = attach(ddp, method, optimizer)
+                handle.load_state_dict(state)
+        handle.finalize()
+        held = handle._reducer.memory.waiting()
+        residual = flat([held[name] for name, _ in model.named_parameters()]) if held else torch.zeros(1)
+        dist.all_reduce(residual)
+        off = flat(model.parameters()) - lr * residual / n - expected
+        return (off.norm() / expected.norm()).item(), pending_seen, equal_on_all_ranks(list(model.parameters()))
+
+
+def check_conserved(found, steps):
+    for off, _, equal in found:
+        assert off < 2e-6
+        assert equal
+    assert max(seen for _, seen, _ in found) > steps // 10  # it was elastic at all
+
+
+EXACT = [method for method in EVERY_RULE if not (isinstance(method.method, BlockSparse) and method.method.unbiased)]
+
+
+@pytest.mark.parametrize("method", EXACT, ids=label)
+def test_no_gradient_is_lost_or_applied_twice(ranks, method):
+    check_conserved(ranks(3).run(conservation, method, 200), 200)
+
+
+@pytest.mark.parametrize("method", EXACT[:5], ids=label)
+def test_the_learning_rate_that_issued_counts(ranks, method):
+    check_conserved(ranks(2).run(conservation, method, 60, 1, True), 60)
+
+
+@pytest.mark.parametrize("method", EXACT, ids=label)
+def test_conservation_with_no_sync(ranks, method):
+    check_conserved(ranks(2).run(conservation, method, 30, 3), 30)
+
+
+@pytest.mark.parametrize("method", EXACT, ids=label)
+def test_conservation_across_save_and_resume(ranks, method):
+    check_conserved(ranks(2).run(conservation, method, 30, 1, False, 14), 30)
+
+
+# ---- replicas ----
+
+
+def replicas(rank, n, method, optimizer_name):
+    with jitter(rank):
+        model = mlp()
+        ddp = wrap(model)
+        optimizer = {
+            "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01),
+            "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=1e-3),
+        }[optimizer_name]()
+        handle = attach(ddp, method, optimizer)
+        batches, equal = data(rank), []
+        for _ in range(30):
+            step(ddp, optimizer, next(batches))
+            equal.append(equal_on_all_ranks(list(model.parameters())))
+        handle.finalize()
+        equal.append(equal_on_all_ranks(list(model.parameters())))
+        return all(equal), handle.stats()["late_buckets"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", [m for m in EVERY_RULE if not m.replicas_differ], ids=label)
+def test_agreed_keeps_replicas_bitwise_equal_with_any_optimizer(ranks, method, optimizer):
+    for equal, late in ranks(3).run(replicas, method, optimizer):
+        assert equal and late > 30
+
+
+def differing(rank, n, method):
+    with jitter(rank, longest=0.1):
+        model = mlp()
+        ddp, optimizer = wrap(model), sgd(model, lr=0.02)
+        handle = attach(ddp, method, optimizer)
+        batches, equal = data(rank), []
+        for _ in range(30):
+            step(ddp, optimizer, next(batches))
+            equal.append(equal_on_all_ranks(list(model.parameters())))
+        before = flat(model.parameters())
+        with handle.drained() as drained:
+            inside = equal_on_all_ranks(list(drained.parameters()))
+            seen = flat(drained.parameters())
+        restored = torch.equal(before, flat(model.parameters()))
+        handle.finalize()
+        return all(equal), inside, restored, torch.equal(seen, flat(model.parameters())), bool(handle._ledger.lates)
+
+
+@pytest.mark.parametrize("method", [m for m in EVERY_RULE if m.replicas_differ], ids=label)
+def test_replicas_differ_until_drained(ranks, method):
+    found = ranks(3).run(differing, method)
+    assert [rest for _, *rest in found] == [[True, True, True, False]] * 3
+    assert not found[0][0]
+
+
+def drained_with_adam(rank, n):
+    model = mlp()
+    ddp, optimizer = wrap(model), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle = attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
+    batches = data(rank)
+    for i in range(12):
+        step(ddp, optimizer, next(batches))
+        if i == 6:
+            gradients = [p.grad.clone() for p in model.parameters()]
+            rates = [group["lr"] for group in optimizer.param_groups]
+            try:
+                with handle.drained():
+                    raise KeyError("in the body")
+            except KeyError:
+                pass
+            assert rates == [group["lr"] for group in optimizer.param_groups]
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+    other = mlp()
+    ddp, optimizer = wrap(other), torch.optim.AdamW(other.parameters(), lr=1e-3)
+    attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
+    batches = data(rank)
+    for _ in range(12):
+        step(ddp, optimizer, next(batches))
+    return torch.equal(flat(model.parameters()), flat(other.parameters()))
+
+
+def test_drained_leaves_no_trace_in_model_or_optimizer(ranks):
+    assert ranks(2).run(drained_with_adam) == [True] * 2
+
+
+def backward_in_drained(rank, n):
+    model = mlp()
+    ddp, optimizer = wrap(model), sgd(model)
+    handle = attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
+    batches = data(rank)
+    for _ in range(3):
+        step(ddp, optimizer, next(batches))
+    with pytest.raises(RuntimeError, match="drained"), handle.drained():
+        step(ddp, optimizer, next(batches))
+    return True
+
+
+def test_training_inside_drained_is_refused(ranks):
+    assert ranks(2).run(backward_in_drained) == [True] * 2
+    ranks(2).stop()
+
+
+# ---- steps that are skipped ----
+
+
+class Scaler:
+    """The parts of a GradScaler that matter here, on the CPU: skips a step with inf or NaN, halves its scale then."""
+
+    def __init__(self):
+        self.scale, self.skipped = 1024.0, []
+
+    def is_enabled(self):
+        return True
+
+    def get_scale(self):
+        return self.scale
+
+    def step(self, optimizer, t):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+            self.skipped.append(t)
+            self.scale /= 2
+            return
+        for g in gradients:
+            g /= self.scale
+        optimizer.step()
+
+
+def with_scaler(rank, n, method, bad_layers):
+    with jitter(rank):
+        model = mlp()
+        ddp, optimizer, scaler = wrap(model), sgd(model, lr=0.02), Scaler()
+        handle = attach(ddp, method, optimizer, grad_scaler=scaler)
+        batches, expected = data(rank), flat(model.parameters())
+        for t in range(60):
+            x, y = next(batches)
+            optimizer.zero_grad()
+            issued = average_over_ranks(local_gradient(model, (x, y)))
+            spoilt = model[bad_layers[t]].weight if t in bad_layers and rank == n - 1 else None
+            handles = [] if spoilt is None else [spoilt.register_hook(lambda g: g * float("inf"))]
+            (scaler.scale * ((ddp(x) - y) ** 2).mean()).backward()
+            for one in handles:
+                one.remove()
+            scaler.step(optimizer, t)
+            if t not in bad_layers:
+                expected -= 0.02 * issued
+        handle.finalize()
+        off = (flat(model.parameters()) - expected).norm() / expected.norm()
+        return scaler.skipped, off.item(), equal_on_all_ranks(list(model.parameters())), handle.stats()["late_buckets"]
+
+
+@pytest.mark.parametrize("beta, delay", [(0.5, 1), (0.0, 1), (0.3, 2)])
+def test_skipped_steps_drop_what_they_issued_and_nothing_else(ranks, beta, delay):
+    bad = {10: 0, 11: 4, 25: 10, 40: 6}
+    for skipped, off, equal, late in ranks(3).run(with_scaler, Elastic(Dense(), beta, max_delay=delay), bad):
+        assert skipped == sorted(bad)
+        assert equal and off < 2e-6 and late > 50
+
+
+# ---- parameters that are not used, learning rates of zero, uneven inputs ----
+
+
+class Sometimes(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = mlp(layers=3), mlp(layers=3, seed=1)
+
+    def forward(self, x, both):
+        x = self.always(x)
+        return self.sometimes(x) if both else x
+
+
+def unused(rank, n):
+    model = Sometimes()
+    ddp = wrap(model, find_unused_parameters=True)
+    optimizer = sgd(model, lr=0.02)
+    handle = attach(ddp, Elastic(Dense(), beta=0.2), optimizer)
+    batches, expected = data(rank), flat(model.parameters())
+    for t in range(40):
+        x, y = next(batches)
+        both = t % 3 == 0
+        loss = ((model(x, both) - y) ** 2).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        issued = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients)]
+        expected -= 0.02 * average_over_ranks(issued)
+        optimizer.zero_grad()
+        ((ddp(x, both) - y) ** 2).mean().backward()
+        optimizer.step()
+    handle.finalize()
+    return ((flat(model.parameters()) - expected).norm() / expected.norm()).item(), handle.stats()["late_buckets"]
+
+
+def test_what_is_late_of_an_unused_parameter_waits_for_its_use(ranks):
+    for off, late in ranks(2).run(unused):
+        assert off < 2e-6 and late > 20
+
+
+def zero_rate(rank, n, ends_at_zero):
+    model = mlp()
+    ddp, optimizer = wrap(model), sgd(model, lr=0.02)
+    handle = attach(ddp, Elastic(Dense(), beta=0.2), optimizer)
+    batches, expected = data(rank), flat(model.parameters())
+    for t in range(20):
+        lr = 0.0 if t in (0, 7, 8) else 0.02
+        optimizer.param_groups[0]["lr"] = lr
+        batch = next(batches)
+        expected -= lr * average_over_ranks(local_gradient(model, batch))
+        step(ddp, optimizer, batch)
+    if ends_at_zero:
+        optimizer.param_groups[0]["lr"] = 0.0
+    handle.finalize()
+    return ((flat(model.parameters()) - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("ends_at_zero", [False, True])
+def test_a_learning_rate_of_zero_loses_nothing(ranks, ends_at_zero):
+    assert max(ranks(2).run(zero_rate, ends_at_zero)) < 2e-6
+
+
+def uneven(rank, n):
+    model = mlp()
+    ddp, optimizer = wrap(model), sgd(model)
+    handle = attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
+    batches = data(rank)
+    with ddp.join():
+        for _ in range(10 + 3 * rank):
+            step(ddp, optimizer, next(batches))
+    handle.finalize()
+    return bool(torch.isfinite(flat(model.parameters())).all())
+
+
+def test_join_with_uneven_inputs_ends(ranks):
+    assert ranks(2).run(uneven, seconds=60) == [True] * 2
+
+
+# ---- failures and refusals ----
+
+
+def broken(rank, n, method):
+    model = mlp()
+    ddp, optimizer = wrap(model), sgd(model)
+    attach(ddp, method, optimizer)
+    batches, average = data(rank), Channel.average
+    for _ in range(4):
+        step(ddp, optimizer, next(batches))
+
+    def fails(self, *args):
+        raise ConnectionError("the wire was cut")
+
+    Channel.average = fails
+    try:
+        with pytest.raises(RuntimeError, match="the wire was cut"):
+            for _ in range(4):
+                step(ddp, optimizer, next(batches))
+    finally:
+        Channel.average = average
+    return True
+
+
+@pytest.mark.parametrize("method", [Elastic(Dense(), 0.5), Elastic(Dense(), 0.5, decide="arrival")], ids=label)
+def test_a_failure_in_the_background_is_raised_on_the_rank_that_trains(ranks, method):
+    assert ranks(2).run(broken, method, seconds=60) == [True] * 2
+    ranks(2).stop()
+
+
+def refused(rank, n, method, make_optimizer, match, options, ddp_options):
+    model = mlp()
+    ddp = DistributedDataParallel(model, **ddp_options)
+    with pytest.raises(ValueError, match=match):
+        attach(ddp, method, make_optimizer(model) if rank == n - 1 else sgd(model), **options)
+    return True
+
+
+def momentum_sgd(model):
+    return sgd(model, momentum=0.9)
+
+
+def decaying_sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters())
+
+
+def no_optimizer(model):
+    return None
+
+
+def of_a_part(model):
+    return torch.optim.SGD(model[0].parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("method, make_optimizer, match, options, ddp_options", [
+    (Elastic(Dense(), speculate=True), momentum_sgd, "without momentum", {}, {}),
+    (Elastic(Dense(), decide="arrival"), decaying_sgd, "without momentum and weight decay", {}, {}),
+    (Elastic(Dense(), decide="arrival"), adam, "decide='agreed'", {}, {}),
+    (Elastic(Dense()), no_optimizer, "pass optimizer=", {}, {}),
+    (Elastic(Dense()), of_a_part, "does not own 10 of the model's 12", {}, {}),
+    (Elastic(Dense(), decide="arrival"), sgd, "grad_scaler", {"grad_scaler": Scaler()}, {}),
+    (Elastic(Dense(), decide="arrival"), sgd, "find_unused", {}, {"find_unused_parameters": True}),
+])  # fmt: skip
+def test_what_is_not_sound_is_refused_on_every_rank(ranks, method, make_optimizer, match, options, ddp_options):
+    assert ranks(2).run(refused, method, make_optimizer, match, options, ddp_options, seconds=60) == [True] * 2
+
+
+def test_wrong_values_are_refused_where_they_are_made():
+    for options, match in [
+        ({"beta": 1.5}, r"Elastic\(beta=1.5\).*\[0, 1\]"), ({"beta": float("nan")}, "beta"),
+        ({"max_delay": 0}, "at least 1"), ({"decide": "agreeed"}, "did you mean 'agreed'"),
+        ({"speculate": 3}, "speculate"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            Elastic(Dense(), **options)
+    with pytest.raises(TypeError, match="method must be a Dense or a BlockSparse"):
+        Elastic(Elastic(Dense()))
+
+
+def state_in_other_methods(rank, n):
+    _, handle = trained(rank, Elastic(SPARSE, beta=0.2))
+    state = handle.state_dict()
+    assert state["late"]
+    for method in (SPARSE, Elastic(SPARSE, beta=1.0)):
+        _, other = trained(rank, method, steps=1)
+        with pytest.raises(ValueError, match="yet to apply"):
+            other.load_state_dict(state)
+    handle.finalize()
+    _, other = trained(rank, SPARSE, steps=1)
+    other.load_state_dict(handle.state_dict())
+    return True
+
+
+def test_what_is_late_is_not_lost_in_another_method(ranks):
+    assert ranks(2).run(state_in_other_methods) == [True] * 2
+
+
+def closed(rank, n):
+    model, handle = trained(rank, Elastic(Dense(), beta=0.2))
+    handle.finalize()
+    handle.close()
+    return repr(handle)
+
+
+def test_close(ranks):
+    assert all("Elastic" in one for one in ranks(2).run(closed))
+
+
+def quiet(rank, n):
+    with logged() as messages:
+        trained(rank, Elastic(Dense(), beta=0.2))
+    return messages
+
+
+def test_nothing_is_logged_where_nothing_is_wrong(ranks):
+    assert ranks(2).run(quiet) == [[], []]
