@@ -19,6 +19,7 @@ from thinwire.blocks import unit_of
 from thinwire.methods import BlockSparse, Dense, Elastic, Method
 
 SKETCH = 2048
+KEPT = 1000  # measurements in a handle's log
 
 
 def sketch(tensors: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
@@ -55,22 +56,22 @@ def measure(waits: torch.Tensor, alone: torch.Tensor | None, gradient_norm: floa
     return [_norm(mean + row) for row in everyone[:, 1 + SKETCH :]], largest
 
 
-def bound(method: Method, shares: Iterable[float], tensors: int, gradient_norm: float) -> float | None:
+def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> float | None:
     """The paper's B for a method (2001.05918; see thinwire.bounds), or None where it has none.
 
-    shares: of its blocks that each parameter sends, as rounded; tensors: how many parameters there are; gradient_norm:
-    M, the largest norm of a rank's gradient.
+    shares: of its blocks that each parameter sends, as rounded; gradient_norm: M, the largest norm of a rank's
+    gradient.
     """
     if isinstance(method, Dense):
         return 0.0
     if isinstance(method, Elastic):
-        inner = bound(method.method, shares, tensors, gradient_norm)
+        inner = bound(method.method, shares, gradient_norm)
         if inner is None:
             return None
-        if method.speculate:  # the average for the own gradient: both have at most the norm M
-            return inner + 2 * method.max_delay * gradient_norm
-        beta = method.beta if method.decide == "arrival" or method.beta == 1 else 0.0
-        return inner + bounds.elastic_norm_bounded(beta, tensors, method.max_delay, gradient_norm)
+        # The most that can be late: the norms that decide are those of the step before, or the rank's own, so what
+        # beta lets be late of the average has no smaller bound. A correction is the average less the own gradient.
+        late = method.max_delay * gradient_norm if method.beta < 1 else 0.0
+        return inner + (2 if method.speculate else 1) * late
     if not isinstance(method, BlockSparse) or method.selection == "nominated" and method.memory != "none":
         return None  # a rank's own residual need not shrink where others nominate the blocks
     if method.memory != "error_feedback":
@@ -78,13 +79,14 @@ def bound(method: Method, shares: Iterable[float], tensors: int, gradient_norm: 
     return bounds.error_feedback(1 - min(shares), gradient_norm / (1 - method.momentum))
 
 
-def check_every(steps: int) -> int:
-    """consistency_every as given. Raises TypeError or ValueError where it is no integer of at least 0."""
-    if isinstance(steps, bool) or not isinstance(steps, Integral):
-        raise TypeError(f"consistency_every={steps!r}: it must be an integer, steps between measurements")
-    if steps < 0:
-        raise ValueError(f"consistency_every={steps!r}: it must be at least 0; 0 is never")
-    return int(steps)
+def check_log(consistency_every: int, log) -> None:
+    """Raise TypeError or ValueError where the steps between measurements, or what takes them, cannot be right."""
+    if isinstance(consistency_every, bool) or not isinstance(consistency_every, Integral):
+        raise TypeError(f"consistency_every={consistency_every!r}: it must be an integer, steps between measurements")
+    if consistency_every < 0:
+        raise ValueError(f"consistency_every={consistency_every!r}: it must be at least 0; 0 is never")
+    if log is not None:
+        writer(log)
 
 
 def writer(log) -> Callable[[dict], None]:

@@ -24,6 +24,7 @@ class Courier:
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         # A daemon: a rank that fails must be able to leave while another one's answer is still being waited for.
         threading.Thread(target=_work, args=(self._jobs, weakref.ref(self), device), name=name, daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
         atexit.register(_finish, weakref.ref(self))
 
     def do(self, job: Callable[[], None]) -> None:
@@ -53,8 +54,10 @@ class Courier:
         self._jobs.put(None)
 
     def fail(self, error: BaseException) -> None:
-        self.error = error
-        self._on_error(error)
+        """Stop: do no further job."""
+        if self.error is None:
+            self.error = error
+            self._on_error(error)
 
 
 def _work(jobs, courier, device):
@@ -63,11 +66,10 @@ def _work(jobs, courier, device):
         torch.cuda.set_device(device)
         stream = torch.cuda.Stream(device)
         torch.cuda.set_stream(stream)
-    failed = False
     while (item := jobs.get()) is not None:
         if isinstance(item, threading.Event):
             item.set()
-        elif not failed:
+        elif (alive := courier()) is not None and alive.error is None:
             job, ready = item
             try:
                 if stream is not None:
@@ -76,10 +78,8 @@ def _work(jobs, courier, device):
                 if stream is not None:
                     stream.synchronize()
             except BaseException as error:
-                failed = True
-                if (alive := courier()) is not None:
-                    alive.fail(error)
-        item = job = None  # else the last job's tensors would live until the next one
+                alive.fail(error)
+        item = job = alive = None  # else the last job's tensors would live until the next one
 
 
 def _finish(courier):

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire import agree, hosts
 from thinwire.averager import float_buffers
 from thinwire.checks import check_model, check_owned
+from thinwire.consistency import check_log
 from thinwire.groups import Groups
 from thinwire.methods import DivideAndShuffle
 from thinwire.names import parameter_names
@@ -22,7 +23,7 @@ from thinwire.stepping import check_steps_in_pieces
 _log = logging.getLogger("thinwire")
 
 
-def attach_replicas(ddp, method: DivideAndShuffle, optimizer, grad_scaler) -> Replicas:
+def attach_replicas(ddp, method: DivideAndShuffle, optimizer, grad_scaler, consistency_every=0, log=None) -> Replicas:
     """See ``thinwire.attach``. A collective: what is wrong on one rank is raised on all."""
     if not isinstance(ddp, DistributedDataParallel):
         check_model(ddp)  # there is no process group to tell the others
@@ -30,8 +31,10 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, grad_scaler) -> Re
     group = ddp.process_group
     everyone = [None] * group.size()
     parameters = [(name, p) for p, name in _parameters(ddp)]
-    refusal = refusal_of(lambda: (check_model(ddp), check_optimizer(method, optimizer, parameters)))
-    mine = introduction(method, optimizer, refusal, parameters + float_buffers(ddp.module, ddp.parameters_to_ignore))
+    refusal = refusal_of(lambda: (check_model(ddp), check_optimizer(method, optimizer, parameters),
+                                  check_log(consistency_every, log)))  # fmt: skip
+    mine = introduction(method, optimizer, refusal, parameters + float_buffers(ddp.module, ddp.parameters_to_ignore),
+                        consistency_every)  # fmt: skip
     dist.all_gather_object(everyone, mine, group=group)
     partitions = agreed_partitions(method, everyone)
     groups = Groups(partitions, group)
@@ -42,12 +45,13 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, grad_scaler) -> Re
     if ddp.find_unused_parameters:
         _log.warning("thinwire: with find_unused_parameters=True DDP itself waits for all ranks in every backward "
                      "pass, so small groups gain little: use it only if the model needs it")  # fmt: skip
-    replicas = Replicas(ddp.module, optimizer, method, groups, partitions, grad_scaler, ddp.parameters_to_ignore)
+    replicas = Replicas(ddp.module, optimizer, method, groups, partitions, grad_scaler, ddp.parameters_to_ignore,
+                        consistency_every, log)  # fmt: skip
     ddp.register_comm_hook(LocalGradients(ddp, replicas), keep_local)
     return replicas
 
 
-def introduction(method: DivideAndShuffle, optimizer, refusal: str, tensors) -> dict:
+def introduction(method: DivideAndShuffle, optimizer, refusal: str, tensors, consistency_every: int = 0) -> dict:
     """What a rank says of itself before groups are made. tensors: (name, tensor) of all that is averaged."""
     says = {}
     if not refusal:
@@ -55,6 +59,7 @@ def introduction(method: DivideAndShuffle, optimizer, refusal: str, tensors) -> 
         every = moments_every(method, optimizer)
         says = method.describe() | {
             "model": f"{len(kinds)} parameters and buffers, digest {agree.digest_of(kinds)}",
+            "consistency_every": str(consistency_every),
             "optimizer's state": f"{moment_names(optimizer)} every {every} rounds" if every else "not averaged",
         }
     return {"host": hosts.mine(), "refusal": refusal, "says": says}

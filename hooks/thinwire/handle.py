@@ -6,6 +6,7 @@ from collections import deque
 import torch
 
 from thinwire import agree, checkpoint, consistency
+from thinwire.consistency import KEPT
 from thinwire.controller import DensityController
 from thinwire.methods import Method, block_sparse
 from thinwire.reducer import Reducer
@@ -13,7 +14,6 @@ from thinwire.stats import Stats
 from thinwire.wire import Wire
 
 EVERY_IF_AUTO = 10  # steps from one measurement to the next with density="auto" and no consistency_every
-KEPT = 1000  # measurements in the log
 
 
 class Handle:
@@ -35,7 +35,8 @@ class Handle:
         self._waiting_state = None
         self.consistency_log: deque[dict] = deque(maxlen=KEPT)
         self._log = None if log is None else consistency.writer(log)
-        self._every = consistency.check_every(consistency_every) or EVERY_IF_AUTO * self._block_sparse.automatic
+        consistency.check_log(consistency_every, log)
+        self._every = consistency_every or EVERY_IF_AUTO * self._block_sparse.automatic
         self._controller = None
         if self._block_sparse.automatic:
             limits = self._block_sparse
@@ -80,7 +81,7 @@ class Handle:
         counts = self._block_sparse.counts_at(last, self._world_size, numels, self._density_at(last))
         shares = [count / -(-numel // block_size) for count, numel in zip(counts, numels) if numel]
         norm = self._gradient_norm or None
-        bound = None if norm is None else consistency.bound(self.method, shares, len(numels), norm)
+        bound = None if norm is None else consistency.bound(self.method, shares, norm)
         return {"step": self._step, "inconsistency_max": max(apart), "inconsistency_mean": sum(apart) / len(apart),
                 "gradient_norm": norm, "bound": bound}  # fmt: skip
 

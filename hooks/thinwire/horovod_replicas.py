@@ -6,6 +6,7 @@ import torch
 
 from thinwire.averager import float_buffers
 from thinwire.checks import check_gradient
+from thinwire.consistency import check_log
 from thinwire.ddp_replicas import agreed_partitions, check_optimizer, introduction, refusal_of
 from thinwire.groups import needed
 from thinwire.methods import DivideAndShuffle
@@ -28,24 +29,26 @@ class DivideAndShuffleAverager(Replicas):
     model: after ``hvd.broadcast_parameters``. optimizer: the plain one, not ``hvd.DistributedOptimizer``, which would
     average gradients first. process_sets: those that ``hvd.init`` was given, if any; the others that the schedule
     needs are added, for which Horovod needs HOROVOD_DYNAMIC_PROCESS_SETS=1. They stay until Horovod shuts down and
-    are used again by further averagers. grad_scaler: as for ``thinwire.attach``.
+    are used again by further averagers. grad_scaler, consistency_every, log: as for ``thinwire.attach``.
 
     Make one on every rank. Raises TypeError or ValueError, on every rank, for what cannot work, ImportError without
     Horovod, RuntimeError where Horovod does not let process sets be added.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                 method: DivideAndShuffle | None = None, *, process_sets=(), grad_scaler=None):  # fmt: skip
+                 method: DivideAndShuffle | None = None, *, process_sets=(), grad_scaler=None,
+                 consistency_every: int = 0, log=None):  # fmt: skip
         if hvd is None:
             raise ImportError(f"thinwire.horovod needs horovod.torch, which does not import here: {_why_not}")
         method = DivideAndShuffle() if method is None else method
         parameters = [(name, p) for p, name in parameter_names(model).items()]
-        refusal = refusal_of(lambda: _check(method, optimizer, parameters))
-        mine = introduction(method, optimizer, refusal, parameters + float_buffers(model))
+        refusal = refusal_of(lambda: (_check(method, optimizer, parameters), check_log(consistency_every, log)))
+        mine = introduction(method, optimizer, refusal, parameters + float_buffers(model), consistency_every)
         everyone = hvd.allgather_object(mine, name="thinwire.shuffle.agree")
         partitions = agreed_partitions(method, everyone)
         _sets.update({tuple(sorted(one.ranks)): one for one in process_sets})
-        super().__init__(model, optimizer, method, ProcessSets(partitions), partitions, grad_scaler)
+        super().__init__(model, optimizer, method, ProcessSets(partitions), partitions, grad_scaler,
+                         consistency_every=consistency_every, log=log)  # fmt: skip
 
 
 class ProcessSets:

@@ -1,12 +1,15 @@
 """A model whose replicas differ from rank to rank and are averaged in rounds: the handle of Divide-and-Shuffle."""
 
 import contextlib
+import math
+from collections import deque
 from collections.abc import Iterator
 
 import torch
 
-from thinwire import agree
+from thinwire import agree, consistency
 from thinwire.averager import float_buffers
+from thinwire.consistency import KEPT
 from thinwire.means import Named, pieces
 from thinwire.methods import DivideAndShuffle
 from thinwire.names import parameter_names
@@ -26,8 +29,11 @@ class Replicas:
     closed = _borrowed = False
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
-                 partitions, grad_scaler=None, ignored=()):  # fmt: skip
+                 partitions, grad_scaler=None, ignored=(), consistency_every: int = 0, log=None):  # fmt: skip
         self.method = method
+        self.consistency_log: deque[dict] = deque(maxlen=KEPT)
+        self._every = consistency_every
+        self._log = None if log is None else consistency.writer(log)
         self.model = model
         self._ignored = frozenset(ignored)
         self._optimizer = optimizer
@@ -91,8 +97,10 @@ class Replicas:
     def consistency(self) -> dict:
         """Where the replicas stand: consensus_distance, the mean over ranks of ||x_i - mean x||^2 over all
         parameters; round, how many are done; group, the ranks that this one averages with next. Costs an average
-        over all ranks."""
+        over all ranks. And as of any method, to 2 %, step, inconsistency_max and inconsistency_mean:
+        ||x_i - mean x|| / lr; there is no bound for it in the paper on elastic consistency."""
         self._land()
+        found = self._measure()
         round_ = self._rounds.over_all()
         parameters = self._parameters()
         apart = torch.zeros((), dtype=torch.float64, device=parameters[0][1].device)
@@ -103,7 +111,7 @@ class Replicas:
             apart += sum(float(c.double().square().sum()) for c in mean.correction())
         round_.send([("apart", apart)], {})
         round_.finish()
-        return {"round": self._rounds.done, "group": self._rounds.members, "consensus_distance": float(apart)}
+        return found | {"round": self._rounds.done, "group": self._rounds.members, "consensus_distance": float(apart)}
 
     def state_dict(self) -> dict:
         """The round, and with overlap="delayed" the average under way: tensors, numbers and strings, one a rank.
@@ -205,6 +213,20 @@ class Replicas:
             self._in_flight = round_
         else:
             round_.finish()
+        if self._every and self._rounds.done % self._every == 0:
+            self.consistency_log.append(self._measure())
+            if self._log is not None:
+                self._log(self.consistency_log[-1])
+
+    def _measure(self):
+        """||x_i - mean x|| / lr of all ranks, from sketches of the replicas."""
+        rates = {p: float(group["lr"]) or math.nan for group in self._optimizer.param_groups for p in group["params"]}
+        mine = consistency.sketch((name, p.detach().reshape(-1).double() / rates[p]) for name, p in self._parameters())
+        gather = lambda numbers: torch.stack(self._groups.gather_objects(numbers))
+        apart, _ = consistency.measure(-mine, mine, 0.0, gather)
+        mean = sum(apart) / len(apart)
+        return {"step": self._rounds.done, "inconsistency_max": max(apart), "inconsistency_mean": mean,
+                "gradient_norm": None, "bound": None}  # fmt: skip
 
     def _settle(self):
         """Apply the average that was under way, if any: x += mean - what was sent."""

@@ -38,6 +38,7 @@ class Bucket:
     def __init__(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], lrs: dict[str, float],
                  step: int, density: float | None):  # fmt: skip
         self.flat, self.names, self.numels, self.lrs, self.step, self.density = flat, names, numels, lrs, step, density
+        self.averaged = threading.Event()
         self.norms = torch.stack(torch._foreach_norm(list(flat.split(numels)), 2, torch.float64))
         self.late: Late | None = None
         self._ready = torch.futures.Future()
@@ -75,6 +76,7 @@ class Rule:
     may_be_unused: bool
     buckets: list[Bucket] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: {"buckets": 0, "late_buckets": 0})
+    under_way: list[Late] = field(default_factory=list)
 
     def __post_init__(self):
         self._prepare()
@@ -83,17 +85,49 @@ class Rule:
         """Wait until nothing is under way."""
         for lane in self.lanes:
             lane.courier.wait()
+        for late in self.under_way:
+            late.landed.wait()
+        for lane in self.lanes:
+            lane.courier.check()
 
     def fail(self, error: BaseException) -> None:
-        """A courier has failed: DDP is not to wait for what will not come."""
-        for late in self.ledger.lates:
+        """An exchange has failed: DDP is not to wait for what will not come."""
+        for late in self.under_way:
             late.landed.set()
         for bucket in self.buckets:
+            bucket.averaged.set()
             bucket.fail(error)
 
-    def _average(self, lane, bucket, flat):
+    def _average(self, lane, bucket, flat, done):
+        """Start averaging flat in a courier's job; ``done`` is called when that is over."""
         lane.channel.forget()
-        lane.channel.average(flat, bucket.names, bucket.numels, bucket.step, bucket.density).wait()
+        future = lane.channel.average(flat, bucket.names, bucket.numels, bucket.step, bucket.density)
+        if flat.is_cuda:  # where a future is done before the device is
+            future.wait()
+            torch.cuda.current_stream().synchronize()
+            return done()
+
+        def finish(future):
+            try:
+                future.value()
+                done()
+            except BaseException as error:
+                lane.courier.fail(error)
+
+        future.then(finish)
+
+    def _leave(self, lates):
+        """These are on their way."""
+        self.under_way = [late for late in self.under_way if not late.landed.is_set()] + lates
+        for late in lates:
+            self.ledger.add(late)
+
+    def _wait_for_memory(self, bucket):
+        """What left in an earlier step must have landed, where it changes the same memory."""
+        if self.has_memory:
+            for late in self.under_way:
+                if late.step < bucket.step and not set(late.names).isdisjoint(bucket.names):
+                    late.landed.wait()
 
     def _count(self, late):
         self.counts["buckets"] += len(self.buckets)
@@ -111,7 +145,6 @@ class Agreed(Rule):
     def _prepare(self):
         self.now, self.later = self.lanes
         self._will_be_late: set[tuple[str, ...]] = set()
-        self._under_way: list[Late] = []
 
     def take(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
@@ -127,24 +160,19 @@ class Agreed(Rule):
     def end(self, step: int) -> None:
         buckets = list(self.buckets)
         late = [bucket for bucket in buckets if bucket.late is not None]
-        self._under_way = [one for one in self._under_way if not one.landed.is_set()] + [b.late for b in late]
-        for bucket in late:
-            self.ledger.add(bucket.late)
+        self._leave([bucket.late for bucket in late])
         self._count(len(late))
         self.now.courier.do(lambda: self._settle(step, buckets))
         for bucket in late:
             self.later.courier.do(lambda bucket=bucket: self._send(bucket))
 
     def _average_now(self, bucket):
-        if self.has_memory:  # the same memory serves what left earlier
-            for late in self._under_way:
-                if not set(late.names).isdisjoint(bucket.names):
-                    late.landed.wait()
-        self._average(self.now, bucket, bucket.flat)
+        self._wait_for_memory(bucket)
+        self._average(self.now, bucket, bucket.flat, bucket.averaged.set)
 
     def _send(self, bucket):
-        self._average(self.later, bucket, bucket.late.flat)
-        bucket.late.land()
+        self._wait_for_memory(bucket)
+        self._average(self.later, bucket, bucket.late.flat, bucket.late.land)
 
     def _settle(self, step, buckets):
         norms = self._add_up([bucket.norms for bucket in buckets])
@@ -152,9 +180,10 @@ class Agreed(Rule):
         waited = heaviest([math.fsum(some) for some in norms], self.method.beta)
         self._will_be_late = {bucket.names for i, bucket in enumerate(buckets) if i not in waited}
         due = [late for late in self.ledger.lates if late.step <= step - self.method.max_delay]
-        for late in due:
-            late.landed.wait()
-        self.later.courier.check()
+        for arrival in [late.landed for late in due] + [b.averaged for b in buckets if b.late is None]:
+            arrival.wait()
+        for lane in self.lanes:
+            lane.courier.check()
         if finite:
             for bucket, some in zip(buckets, norms):
                 factor = self.factor(bucket.lrs)
@@ -192,9 +221,8 @@ class Arrival(Rule):
 
     def take(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
-        bucket.leave_copy()
         with self._lock:
-            self.ledger.add(bucket.late)
+            self._leave([bucket.leave_copy()])
         self.lane.courier.do(lambda: self._send(bucket))
 
     def end(self, step: int) -> None:
@@ -204,9 +232,10 @@ class Arrival(Rule):
             self._try_to_settle()
 
     def _send(self, bucket):
-        self._average(self.lane, bucket, bucket.late.flat)
-        if bucket.flat.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        self._wait_for_memory(bucket)
+        self._average(self.lane, bucket, bucket.late.flat, lambda: self._land(bucket))
+
+    def _land(self, bucket):
         with self._lock:
             bucket.late.land()
             self._try_to_settle()
