@@ -13,8 +13,8 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name == "horovod":  # imported when asked for: it imports Horovod
+    if name in ("hogwild", "horovod"):  # imported when asked for: thinwire.horovod imports Horovod
         import importlib
 
-        return importlib.import_module("thinwire.horovod")
+        return importlib.import_module(f"thinwire.{name}")
     raise AttributeError(f"module 'thinwire' has no attribute {name!r}")
