@@ -5,6 +5,7 @@ usage: python horovod_checks.py DIRECTORY [NAME ...]     each rank writes DIRECT
 import io
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -14,8 +15,9 @@ from pathlib import Path
 import models
 import thinwire
 import torch
-from thinwire import BlockSparse, Dense, DivideAndShuffle, ops
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, ops
 from thinwire.blocks import Layout
+from thinwire.lateness import heaviest
 
 try:
     import horovod.torch as hvd
@@ -58,6 +60,8 @@ WITH_FEEDBACK = [m for m in EACH if m.memory == "error_feedback"]
 
 
 def label(method):
+    if isinstance(method, Elastic):
+        return f"{label(method.method)}-beta{method.beta}-delay{method.max_delay}"
     if isinstance(method, Dense):
         return "dense"
     if isinstance(method, DivideAndShuffle):
@@ -92,11 +96,12 @@ class Recorder(thinwire.horovod.Compressor if hvd else object):
 def setup(model, method, lr=0.05, momentum=0.0, process_set=None, inner=None, recorder=None, **options):
     """Optimizer and compressor as a user makes them; method None: Horovod without a compressor."""
     sets = {} if process_set is None else {"process_set": process_set}
-    optimizer = models.sgd(model, lr, momentum)
+    optimizer = models.sgd(model, lr, momentum) if inner is None else inner
     if method is None:
         return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **options, **sets), None
-    inner = {"optimizer": optimizer} if method.describe().get("momentum", "0.0") != "0.0" else {}
-    compressor = (recorder or thinwire.horovod.Compressor)(model.named_parameters(), method, **inner, **sets)
+    needed = isinstance(method, Elastic) or method.describe().get("momentum", "0.0") != "0.0"
+    options_of_it = {"optimizer": optimizer} if needed else {}
+    compressor = (recorder or thinwire.horovod.Compressor)(model.named_parameters(), method, **options_of_it, **sets)
     return hvd.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), compression=compressor, **options, **sets
     ), compressor
@@ -850,6 +855,370 @@ def stats_of_nominated():
     assert 4 < stats["compression"] < 20, stats
     half = train(method("nominated", "error_feedback", torch.float16, density=0.05), 5)[1].stats()
     assert 0.5 < half["bytes_sent"] / stats["bytes_sent"] < 0.8, half
+
+
+# ---- Elastic ----
+
+FEEDBACK = method("nominated", "error_feedback", density=0.3)
+ELASTIC = [Elastic(Dense(), 0.5), Elastic(Dense(), 0.0), Elastic(FEEDBACK, 0.5), Elastic(FEEDBACK, 0.0)]
+DELAYED = [Elastic(Dense(), 0.3, max_delay=3), Elastic(FEEDBACK, 0.3, max_delay=3)]
+OTHERS = [Elastic(method("permuted", "none"), 0.5), Elastic(method("shared", "control_variate"), 0.5),
+          Elastic(method("independent", "error_feedback", torch.float16), 0.3)]  # fmt: skip
+
+
+def step_of(model, optimizer, batch, jitter=None):
+    """One step of training, some ranks slower than others."""
+    if jitter is not None:
+        time.sleep(jitter.choice([0.0, 0.0, 0.001, 0.01]))
+    optimizer.zero_grad()
+    loss_of(model, batch).backward()
+    optimizer.step()
+
+
+@check(*(Elastic(m, 1.0) for m in (Dense(), FEEDBACK, method("independent", "none"))), ranks=(2,))
+def elastic_with_beta_one_is_the_method(method):
+    """On two ranks: with more, Horovod's own sums depend on what it happened to fuse."""
+    ours, compressor = train(method, 6)
+    compressor.finalize()
+    plain, plain_compressor = train(method.method, 6)
+    assert gap(ours, plain) == 0.0
+    stats, plain_stats = compressor.stats(), plain_compressor.stats()
+    assert stats["buckets"] == stats["late_buckets"] == 0
+    assert stats["bytes_sent"] == plain_stats["bytes_sent"]
+
+
+@check(*ELASTIC)
+@check(*DELAYED, *OTHERS, ranks=(2,))
+def elastic_replicas(method):
+    """The same bits on all ranks after every step, whatever the optimizer."""
+    for make in (
+        lambda ps: torch.optim.SGD(ps, lr=0.02, momentum=0.9, weight_decay=0.01),
+        lambda ps: torch.optim.AdamW(ps, lr=1e-3),
+    ):
+        model, jitter = small(), random.Random(hvd.rank())
+        optimizer, compressor = setup(model, method, inner=make(model.parameters()))
+        batches = data()
+        for _ in range(8):
+            step_of(model, optimizer, next(batches), jitter)
+            assert same_everywhere(model)
+        before = models.flat(model.parameters())
+        compressor.finalize()
+        assert same_everywhere(model)
+        assert not torch.equal(before, models.flat(model.parameters()))
+        stats = compressor.stats()
+        assert stats["buckets"] == 8 * 6 and 8 < stats["late_buckets"] < 8 * 6, stats
+
+
+@check(Elastic(Dense(), 0.5), Elastic(Dense(), 0.0, max_delay=3), Elastic(Dense(), 0.3, max_delay=2))
+def elastic_by_hand(method):
+    """Which parameters are late, and what each step's gradient is, against the rule written out."""
+    model = small()
+    optimizer, compressor = setup(model, method)
+    names = sorted(name for name, _ in model.named_parameters())
+    batches, late, issued = data(), set(), []
+    for step in range(8):
+        batch = next(batches)
+        mine = {name: everyone(g) for name, g in local_gradients(model, batch).items()}
+        issued.append({name: mine[name].mean(0) for name in late})
+        step_of(model, optimizer, batch)
+        found = averaged(model)
+        for name in names:
+            expected = torch.zeros_like(found[name]) if name in late else mine[name].mean(0)
+            if step >= method.max_delay:
+                expected = expected + issued[step - method.max_delay].get(name, 0.0)
+            close(found[name], expected, 1e-6)
+        assert len(compressor._under_way) == sum(map(len, issued[-method.max_delay :]))
+        norms = [float(sum(row.double().norm() for row in mine[name])) for name in names]
+        waited = heaviest(norms, method.beta)
+        late = {name for i, name in enumerate(names) if i not in waited}
+    assert compressor.stats()["late_buckets"] == sum(map(len, issued))
+    compressor.finalize()
+
+
+def off_balance(model, compressor, expected, lr):
+    """How far a model is from what all gradients make of it, relative; what is in residuals at a rate of lr."""
+    compressor.finalize()
+    if compressor.state_dict()["memory"].get("residual"):
+        held = residuals(compressor, model)
+        expected = expected + lr * everyone(models.flat(held[name] for name, _ in model.named_parameters())).mean(0)
+    return float((models.flat(model.parameters()) - expected).norm() / expected.norm())
+
+
+@check(ELASTIC[0], ELASTIC[2])
+@check(ELASTIC[1], ELASTIC[3], *DELAYED, OTHERS[2], ranks=(2,))
+def elastic_conserves(method):
+    """Nothing is lost or applied twice: 60 steps, learning rates that change, saved and resumed; passes, and Sum.
+
+    What waits in residuals has no learning rate, so with them that is constant.
+    """
+    n, changes = hvd.size(), isinstance(method.method, Dense)
+    tolerance = 2e-6 if method.method.wire_dtype == torch.float32 else 2e-4
+    for op, passes, steps in ((hvd.Average, 1, 60), (hvd.Sum, 2, 10)):
+        model, jitter, rates = small(), random.Random(hvd.rank()), random.Random(7)
+        optimizer, compressor = setup(model, method, op=op, backward_passes_per_step=passes)
+        batches, expected = data(), models.flat(model.parameters())
+        for step in range(steps):
+            lr = rates.choice([0.01, 0.02, 0.05] if changes else [0.02])
+            if changes and step in (0, 4, 5):
+                lr = 0.0
+            optimizer.param_groups[0]["lr"] = lr / (n if op == hvd.Sum else 1)
+            optimizer.zero_grad()
+            time.sleep(jitter.choice([0.0, 0.0, 0.001, 0.01]))
+            for batch in (next(batches) for _ in range(passes)):
+                expected -= lr * everyone(models.flat(models.local_gradient(model, batch))).mean(0)
+                loss_of(model, batch).backward()
+            optimizer.step()
+            if not changes:  # what was sent earlier has landed in memory, however late it is applied
+                assert {one.late.step for one in compressor._under_way} <= {compressor._step - 1}
+            if step == steps // 2:
+                state, weights = compressor.state_dict(), model.state_dict()
+                assert state["late"] and compressor._ledger.lates
+                model = small(seed=5)
+                model.load_state_dict(weights)
+                optimizer, compressor = setup(model, method, op=op, backward_passes_per_step=passes)
+                compressor.load_state_dict(state)
+        off = off_balance(model, compressor, expected, lr)
+        assert off < tolerance, (op, off)
+        assert same_everywhere(model)
+
+
+@check(Elastic(Dense(), 0.2), Elastic(FEEDBACK, 0.2))
+def elastic_with_parameters_left_out(method):
+    model, rank = Heads(), hvd.rank()
+    optimizer, compressor = setup(model, method, lr=0.02)
+    batches, expected = data(), models.flat(model.parameters())
+    for step in range(30):
+        used = ({0, 1, 2, 3}, {0}, {rank % 2}, {1, 2})[step % 4]
+        x, y = next(batches)
+        gradients = torch.autograd.grad(((model(x, used) - y) ** 2).mean(), list(model.parameters()), allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients)]
+        expected -= 0.02 * everyone(models.flat(gradients)).mean(0)
+        optimizer.zero_grad()
+        ((model(x, used) - y) ** 2).mean().backward()
+        optimizer.step()
+        assert same_everywhere(model)
+    assert off_balance(model, compressor, expected, 0.02) < 2e-6
+
+
+@check(Elastic(Dense(), 0.5), Elastic(FEEDBACK, 0.0), Elastic(Dense(), 0.3, max_delay=2))
+def elastic_skips(method):
+    """inf in one parameter on one rank: all ranks skip that step, what it issued is dropped, and nothing else."""
+    model = small()
+    inner = models.sgd(model, lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    compressor = thinwire.horovod.Compressor(model.named_parameters(), method, optimizer=inner, grad_scaler=scaler)
+    optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), compression=compressor)
+    batches, expected, bad = data(), models.flat(model.parameters()), {7: 0, 8: 2, 15: 4}
+    for step in range(30):
+        batch, before = next(batches), models.flat(model.parameters())
+        gradient = everyone(models.flat(models.local_gradient(model, batch))).mean(0)
+        spoilt = model[bad[step]].weight if step in bad and hvd.rank() == hvd.size() - 1 else None
+        hook = spoilt.register_hook(lambda g: g * float("inf")) if spoilt is not None else None
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batch)).backward()
+        if hook is not None:
+            hook.remove()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        if step in bad:
+            assert all(bool(g.isnan().all()) for g in averaged(model).values()), step
+            assert torch.equal(before, models.flat(model.parameters())), step
+        else:
+            expected -= 0.02 * gradient
+    assert scaler.get_scale() == 2.0**7
+    assert off_balance(model, compressor, expected, 0.02 / 2.0**7) < 2e-6
+    assert same_everywhere(model)
+
+
+@check(ranks=(2,))
+def elastic_finalize_is_a_step_of_the_optimizer_that_trains():
+    """Its momentum is the one of training, which Horovod's optimizer holds, and no gradient travels for it."""
+    model = small()
+    optimizer, compressor = setup(model, Elastic(Dense(), 0.0), lr=0.02, momentum=0.9)
+    batches, sent = data(), None
+    for _ in range(5):
+        batch = next(batches)
+        sent = models.flat(everyone(g).mean(0) for g in models.local_gradient(model, batch))
+        step_of(model, optimizer, batch)
+    before = models.flat(model.parameters())
+    velocity = models.flat(optimizer.state[p]["momentum_buffer"] for p in model.parameters())
+    gradients, steps = averaged(model), compressor.stats()["steps"]
+    compressor.finalize()
+    close(models.flat(model.parameters()), before - 0.02 * (0.9 * velocity + sent), 1e-6)
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients.values(), model.parameters(), strict=True))
+    assert compressor.stats()["steps"] == steps and not compressor._ledger.lates
+    before = models.flat(model.parameters())
+    compressor.finalize()
+    assert torch.equal(before, models.flat(model.parameters()))
+
+
+@check(Elastic(Dense(), 0.3), Elastic(FEEDBACK, 0.3, max_delay=2), ranks=(2,))
+def elastic_drained(method):
+    """The model as finalize would leave it; afterwards training is what it would have been."""
+
+    def run(looks):
+        model, seen = small(), []
+        optimizer, compressor = setup(model, method, inner=torch.optim.AdamW(model.parameters(), lr=1e-3))
+        batches = data()
+        for step in range(9):
+            step_of(model, optimizer, next(batches))
+            if step in looks:
+                before = models.flat(model.parameters())
+                try:
+                    with compressor.drained():
+                        assert same_everywhere(model)
+                        seen.append(models.flat(model.parameters()))
+                        raise KeyError("in the body")
+                except KeyError:
+                    assert torch.equal(before, models.flat(model.parameters()))
+                assert not torch.equal(before, seen[-1])
+        return model, compressor, seen
+
+    looked, compressor, seen = run({1, 4, 8})
+    plain, _, _ = run(())
+    assert gap(looked, plain) == 0.0
+    compressor.finalize()
+    assert torch.equal(seen[-1], models.flat(looked.parameters()))
+
+
+@check(Elastic(Dense(), 0.5), Elastic(FEEDBACK, 0.3, max_delay=2), ranks=(2,))
+def elastic_resumes(method):
+    """Saved and loaded into new objects, training is what it would have been; drained() works at once."""
+
+    def adamw(model):
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def run(steps, model, optimizer):
+        for step, batch in zip(range(8), data()):
+            if step in steps:
+                step_of(model, optimizer, batch)
+
+    whole = small()
+    run(range(8), whole, setup(whole, method, inner=adamw(whole))[0])
+    model = small()
+    optimizer, compressor = setup(model, method, inner=adamw(model))
+    run(range(4), model, optimizer)
+    with compressor.drained():
+        seen = models.flat(model.parameters())
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), compressor.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    model = small(seed=9)
+    model.load_state_dict(saved[0])
+    optimizer, compressor = setup(model, method, inner=adamw(model))
+    optimizer.load_state_dict(saved[1])
+    compressor.load_state_dict(saved[2])
+    with compressor.drained():
+        assert torch.equal(seen, models.flat(model.parameters()))
+    run(range(4, 8), model, optimizer)
+    assert gap(whole, model) == 0.0
+
+    _, other = setup(small(), method.method)
+    raised(ValueError, lambda: other.load_state_dict(saved[2]), "yet to apply", "finalize()")
+    compressor.finalize()
+    other.load_state_dict(compressor.state_dict())
+
+
+@check(Elastic(Dense(), 0.0), ranks=(2,))
+def elastic_consistency(method):
+    """Of what is late, as the paper's constant has it; steps that measure change nothing."""
+    model = small()
+    inner, found = models.sgd(model), []
+    compressor = thinwire.horovod.Compressor(
+        model.named_parameters(), method, optimizer=inner, consistency_every=2, log=found.append
+    )
+    optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), compression=compressor)
+    for step, batch in zip(range(5), data()):
+        issued = models.flat(everyone(g).mean(0) for g in models.local_gradient(model, batch))
+        norm = float(issued.norm()) if step else 0.0  # in the first step everything is waited for
+        step_of(model, optimizer, batch)
+        apart = compressor.consistency()["inconsistency_max"]
+        assert abs(apart - norm) <= 0.1 * norm, (apart, norm)
+    assert [one["step"] for one in found] == [2, 4]
+    assert gap(model, train(method, 5)[0]) == 0.0
+    compressor.finalize()
+    assert compressor.consistency()["inconsistency_max"] == 0.0
+
+
+@check(Elastic(Dense(), 0.5), Elastic(FEEDBACK, 0.5), ranks=(2,))
+def elastic_with_horovods_options(method):
+    """Groups and a predivide factor; two models with the same names, after a rank made one more."""
+    plain = train(method, 5)[0]
+    assert gap(plain, train(method, 5, groups=2)[0]) == 0.0
+    assert gap(plain, train(method, 5, gradient_predivide_factor=3.0)[0]) < 1e-6
+    if hvd.rank() == 1:
+        setup(small(), method)
+    pair = [small(seed=seed) for seed in range(2)]
+    optimizers, compressors = zip(*(setup(model, method) for model in pair), strict=True)
+    streams = [data(seed) for seed in range(2)]
+    for _ in range(5):
+        for model, optimizer, batches in zip(pair, optimizers, streams, strict=True):
+            step_of(model, optimizer, next(batches))
+    labels = torch.tensor([compressor._label for compressor in compressors])
+    assert labels[0] != labels[1] and bool((everyone(labels) == labels).all())
+    assert gap(pair[0], plain) == 0.0
+    assert gap(pair[1], train(method, 5, small(seed=1), seed=1)[0]) == 0.0
+
+
+@check(Elastic(Dense(), 0.5), ranks=(2,))
+def elastic_with_several_dtypes(method):
+    dtypes = (torch.float64, torch.float16, torch.float32)
+    for one in (method, Elastic(FEEDBACK, 0.0)):
+        model = torch.nn.ModuleDict({str(d)[6:]: Slope(dtype=d) for d in dtypes})
+        optimizer, compressor = setup(model, one)
+        generator = torch.Generator().manual_seed(hvd.rank())
+        for _ in range(5):
+            optimizer.zero_grad()
+            sum(part(torch.randn(100, generator=generator)).double() for part in model.values()).backward()
+            optimizer.step()
+            assert same_everywhere(model)
+        assert compressor.stats()["late_buckets"] > 0
+        compressor.finalize()
+        assert same_everywhere(model)
+
+
+@check(Elastic(Dense(), 0.5), Elastic(FEEDBACK, 0.0), ranks=(3,))
+def elastic_in_a_process_set_of_two(method):
+    model, compressor = train(method, 6, process_set=PAIR)
+    with compressor.drained():
+        pass
+    compressor.finalize()
+    assert compressor.stats()["late_buckets"] > 0 or not PAIR.included()
+    if PAIR.included():
+        assert same_everywhere(model, PAIR)
+
+
+@check(ranks=(2,))
+def elastic_refusals():
+    model = small(2)
+
+    def make(method, optimizer=None, **options):
+        return thinwire.horovod.Compressor(model.named_parameters(), method, optimizer=optimizer, **options)
+
+    plain = models.sgd(model)
+    for method, what in ((Elastic(Dense(), decide="arrival"), "decide='arrival'"),
+                         (Elastic(Dense(), speculate=True), "speculate=True")):  # fmt: skip
+        raised(ValueError, lambda: make(method, plain), what, "at once in step()", "decide='agreed'")  # noqa: B023
+    raised(ValueError, lambda: make(Elastic(Dense())), "pass optimizer=")
+    raised(TypeError, lambda: make(Elastic(Dense()), model), "Sequential")
+    raised(ValueError, lambda: make(Elastic(Dense()), models.sgd(model[0])), "does not own 2 of the model's 4")
+    raised(ValueError, lambda: make(Elastic(BlockSparse("topk")), plain), "topk", "nominated")
+    raised(ValueError, lambda: make(Elastic(Dense(wire_dtype=torch.bfloat16)), plain), "Dense(wire_dtype")
+    wrapped = hvd.DistributedOptimizer(plain, model.named_parameters())
+    raised(TypeError, lambda: make(Elastic(Dense()), wrapped), "the plain one")
+
+    model = small(2)
+    optimizer, compressor = setup(model, Elastic(Dense(), 0.0))
+    step_of(model, optimizer, next(data()))
+    with compressor.drained():
+        raised(RuntimeError, loss_of(model, next(data())).backward, "drained")
+    disagrees = Elastic(Dense(), 0.25 if hvd.rank() else 0.5)
+    raised(ValueError, lambda: train(disagrees, 1), "elastic.beta: 0.5 on rank 0")
 
 
 # ---- Divide-and-Shuffle ----

@@ -1,6 +1,7 @@
 """Elastic scheduling on real process groups: nothing lost or applied twice, and replicas equal where they must be."""
 
 import contextlib
+import datetime
 import random
 import time
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from models import attach, data, equal_on_all_ranks, flat, local_gradient, logged, mlp, sgd, step, wrap
 from thinwire import BlockSparse, Dense, Elastic
 from thinwire.channel import Channel
+from thinwire.groups import timeout_of
 from thinwire.lateness import Late, Ledger, heaviest
 from thinwire.scheduling import Arrival
 from torch.nn.parallel import DistributedDataParallel
@@ -42,10 +44,11 @@ def jitter(rank, longest=0.02):
         time.sleep(random_.choice([0.0, 0.0, longest / 4, longest]))
 
     def slow_average(self, *args):
-        future = average(self, *args)
-        future.wait()
-        sleep(0.004)
-        return future
+        def arrive(future):
+            sleep(0.004)
+            return future.value()
+
+        return average(self, *args).then(arrive)
 
     def slow_end(self, step):
         sleep(longest)
@@ -305,6 +308,19 @@ def backward_in_drained(rank, n):
     return True
 
 
+def other_calls_in_drained(rank, n):
+    _, handle = trained(rank, Elastic(Dense(), beta=0.3))
+    with handle.drained():
+        for call in (handle.finalize, handle.state_dict, handle.close, handle.drained().__enter__):
+            with pytest.raises(RuntimeError, match=r"inside drained\(\)"):
+                call()
+    return bool(handle._ledger.lates)
+
+
+def test_what_would_lose_gradients_inside_drained_is_refused(ranks):
+    assert ranks(2).run(other_calls_in_drained) == [True] * 2
+
+
 def test_training_inside_drained_is_refused(ranks):
     assert ranks(2).run(backward_in_drained) == [True] * 2
     ranks(2).stop()
@@ -431,16 +447,74 @@ def uneven(rank, n):
     model = mlp()
     ddp, optimizer = wrap(model), sgd(model)
     handle = attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
-    batches = data(rank)
-    with ddp.join():
-        for _ in range(10 + 3 * rank):
-            step(ddp, optimizer, next(batches))
-    handle.finalize()
-    return bool(torch.isfinite(flat(model.parameters())).all())
+    with pytest.raises(RuntimeError, match="join"), ddp.join():
+        step(ddp, optimizer, next(data(rank)))
+    return bool(handle)
 
 
-def test_join_with_uneven_inputs_ends(ranks):
+def test_join_is_refused(ranks):
     assert ranks(2).run(uneven, seconds=60) == [True] * 2
+    ranks(2).stop()
+
+
+def never_used(rank, n):
+    model = Sometimes()
+    ddp = wrap(model, find_unused_parameters=True)
+    optimizer = sgd(model, lr=0.02)
+    handle = attach(ddp, Elastic(Dense(), beta=0.0), optimizer)
+    batches = data(rank)
+    for _ in range(20):
+        x, y = next(batches)
+        optimizer.zero_grad()
+        ((ddp(x, False) - y) ** 2).mean().backward()
+        optimizer.step()
+    return len(handle._ledger.lates), len(list(model.parameters()))
+
+
+def test_what_is_never_used_does_not_pile_up(ranks):
+    for held, parameters in ranks(2).run(never_used):
+        assert 0 < held <= parameters
+
+
+def channels_last(rank, n):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Tanh(), torch.nn.Conv2d(8, 4, 3))
+    model = model.to(memory_format=torch.channels_last)
+    ddp, optimizer = DistributedDataParallel(model, bucket_cap_mb=0.0005), sgd(model, lr=0.1)
+    handle = attach(ddp, Elastic(Dense(), beta=0.0), optimizer)
+    generator, expected = torch.Generator().manual_seed(rank), flat(model.parameters())
+    for _ in range(6):
+        x = torch.randn(4, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last)
+        issued = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+        expected -= 0.1 * average_over_ranks(issued)
+        optimizer.zero_grad()
+        ddp(x).square().mean().backward()
+        optimizer.step()
+    handle.finalize()
+    return ((flat(model.parameters()) - expected).norm() / expected.norm()).item(), handle.stats()["late_buckets"]
+
+
+def test_finalize_knows_the_memory_format(ranks):
+    for off, late in ranks(2).run(channels_last):
+        assert off < 2e-6 and late > 4
+
+
+def restarted(rank, n):
+    """A learning rate that falls far and is restarted, with momentum: nothing of the small rate's ratio may stay."""
+    model = mlp()
+    ddp, optimizer = wrap(model), sgd(model, momentum=0.9)
+    attach(ddp, Elastic(Dense(), beta=0.0), optimizer)
+    batches = data(rank)
+    for t in range(30):
+        optimizer.param_groups[0]["lr"] = 1e-5 if 10 <= t < 20 else 0.05
+        before = flat(model.parameters())
+        step(ddp, optimizer, next(batches))
+    return (flat(model.parameters()) - before).norm().item()
+
+
+def test_a_restarted_learning_rate_with_momentum_does_not_blow_up(ranks):
+    assert max(ranks(2).run(restarted)) < 1.0
 
 
 # ---- failures and refusals ----
@@ -449,10 +523,11 @@ def test_join_with_uneven_inputs_ends(ranks):
 def broken(rank, n, method):
     model = mlp()
     ddp, optimizer = wrap(model), sgd(model)
-    attach(ddp, method, optimizer)
+    handle = attach(ddp, method, optimizer)
     batches, average = data(rank), Channel.average
     for _ in range(4):
         step(ddp, optimizer, next(batches))
+    handle.consistency()  # everything has landed on both ranks before it breaks
 
     def fails(self, *args):
         raise ConnectionError("the wire was cut")
@@ -545,14 +620,44 @@ def test_what_is_late_is_not_lost_in_another_method(ranks):
 
 
 def closed(rank, n):
-    model, handle = trained(rank, Elastic(Dense(), beta=0.2))
+    _, handle = trained(rank, Elastic(Dense(), beta=0.2))
     handle.finalize()
+    before = handle.stats()
     handle.close()
-    return repr(handle)
+    return before == handle.stats() and before["late_buckets"] > 0
 
 
-def test_close(ranks):
-    assert all("Elastic" in one for one in ranks(2).run(closed))
+def test_close_keeps_the_figures(ranks):
+    assert ranks(2).run(closed) == [True] * 2
+
+
+def of_other_kinds(rank, n):
+    _, handle = trained(rank, Elastic(Dense(), beta=0.2, speculate=True))
+    state = handle.state_dict()
+    _, other = trained(rank, Elastic(Dense(), beta=0.2), steps=1)
+    with pytest.raises(ValueError, match="differ from rank to rank"):
+        other.load_state_dict(state)
+    scaled = trained(rank, Elastic(Dense(), beta=0.2), grad_scaler=Scaler())[1].state_dict()
+    other.load_state_dict(scaled)
+    return [scaled["late"][0]["tensors"][name].norm().item() / part.norm().item()
+            for name, part in other.state_dict()["late"][0]["tensors"].items()]  # fmt: skip
+
+
+def test_late_gradients_of_another_kind_or_scale(ranks):
+    for ratios in ranks(2).run(of_other_kinds):
+        assert ratios and all(ratio == pytest.approx(1024.0) for ratio in ratios)
+
+
+def waits_as_long(rank, n):
+    mine = dist.new_group(timeout=datetime.timedelta(seconds=77))
+    model = mlp()
+    ddp, optimizer = wrap(model, process_group=mine), sgd(model)
+    handle = attach(ddp, Elastic(Dense(), 0.5), optimizer)
+    return [timeout_of(lane.group, torch.device("cpu")).seconds for lane in handle._rule.lanes]
+
+
+def test_new_process_groups_have_the_timeout_of_the_models(ranks):
+    assert ranks(2).run(waits_as_long) == [[77, 77]] * 2
 
 
 def quiet(rank, n):

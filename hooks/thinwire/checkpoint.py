@@ -43,7 +43,15 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
             "this rank's own shard, or a list of the shards of all ranks if their number has changed, so that no "
             "residual is lost"
         )
-    if was != now and any(shard.get("late") for shard in shards) and (method.replicas_differ or now == 1):
+    late = any(shard.get("late") for shard in shards)
+    differed = Elastic.differed(shards[0]["method"])
+    if late and differed != method.replicas_differ:
+        raise ValueError(
+            f"load_state_dict: the state was saved with {shards[0]['method']}, whose late gradients "
+            f"{'differ from rank to rank' if differed else 'are the same on all ranks'}, and with {method!r} they "
+            "would be applied otherwise: call finalize() before saving"
+        )
+    if was != now and late and (differed or now == 1):
         raise ValueError(
             f"load_state_dict got the state of {was} ranks on {now}, with gradients that Elastic had yet to apply and "
             "that belong to those ranks: call finalize() before saving"

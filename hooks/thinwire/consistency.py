@@ -10,6 +10,7 @@ vector's, to about 1 / sqrt(SKETCH) = 2 %, and sketches of sums are sums of sket
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -23,41 +24,52 @@ KEPT = 1000  # measurements in a handle's log
 
 
 def sketch(tensors: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
-    """float64 [SKETCH], on the CPU: every element, with a random sign, added to one of SKETCH sums.
+    """float64 [SKETCH], on the CPU: every element, with a random sign, added to a random one of SKETCH sums.
 
-    tensors: parameters' names and 1-D tensors. The signs depend on the names alone.
+    tensors: parameters' names and 1-D tensors. Signs and sums depend on the names alone.
     """
     total = torch.zeros(SKETCH, dtype=torch.float64)
     for name, tensor in tensors:
-        signs = torch.Generator(tensor.device).manual_seed(unit_of(name))
-        rows = -(-tensor.numel() // SKETCH)
-        flipped = torch.randint(0, 2, (rows, SKETCH), dtype=torch.int8, generator=signs, device=tensor.device)
-        padded = torch.nn.functional.pad(tensor.detach().to(torch.float64), (0, rows * SKETCH - tensor.numel()))
-        total += ((1 - 2 * flipped) * padded.view(rows, SKETCH)).sum(0).cpu()
+        generator = torch.Generator(tensor.device).manual_seed(unit_of(name))
+        drawn = torch.randint(0, 2 * SKETCH, (tensor.numel(),), generator=generator, device=tensor.device)
+        signed = (1 - 2 * (drawn & 1)) * tensor.detach().to(torch.float64)
+        total += torch.bincount(drawn >> 1, weights=signed, minlength=SKETCH).cpu()
     return total
 
 
+@dataclass(frozen=True)
+class Measured:
+    """apart: ||x - v_i|| of every rank i; residual: the part of it that waits in the ranks' memories; gradient_norm:
+    the largest of the ranks', NaN where one is not finite."""
+
+    apart: list[float]
+    residual: float
+    gradient_norm: float
+
+
 def measure(waits: torch.Tensor, alone: torch.Tensor | None, gradient_norm: float,
-            all_gather: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[float], float]:  # fmt: skip
-    """||x - v_i|| of every rank i, and the largest gradient_norm of all: the same numbers on all ranks.
+            all_gather: Callable[[torch.Tensor], torch.Tensor]) -> Measured:  # fmt: skip
+    """What the ranks' sketches say, the same numbers on all of them.
 
     waits: sketch of what waits on this rank and will be applied as its mean over ranks. alone: sketch of what this
     rank's x - v has besides, or None where no rank has anything. all_gather: float64 [L] to [ranks, L].
     """
     norm = torch.tensor([gradient_norm], dtype=torch.float64)
     everyone = all_gather(torch.cat([norm, waits] if alone is None else [norm, waits, alone])).cpu()
-    largest = max(everyone[:, 0].tolist())
+    norms = everyone[:, 0].tolist()
     total = torch.zeros(SKETCH, dtype=torch.float64)
     for row in everyone[:, 1 : 1 + SKETCH]:  # in rank order: a sum that no machine's instructions can change
         total += row
     mean = total / len(everyone)
-    if alone is None:
-        return [_norm(mean)] * len(everyone), largest
-    return [_norm(mean + row) for row in everyone[:, 1 + SKETCH :]], largest
+    residual = _norm(mean)
+    apart = [residual] * len(norms) if alone is None else [_norm(mean + row) for row in everyone[:, 1 + SKETCH :]]
+    return Measured(apart, residual, max(norms) if all(map(math.isfinite, norms)) else math.nan)
 
 
 def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> float | None:
     """The paper's B for a method (2001.05918; see thinwire.bounds), or None where it has none.
+
+    For a constant learning rate: after it falls tenfold, what is late weighs ten times as much.
 
     shares: of its blocks that each parameter sends, as rounded; gradient_norm: M, the largest norm of a rank's
     gradient.
@@ -87,6 +99,8 @@ def check_log(consistency_every: int, log) -> None:
         raise ValueError(f"consistency_every={consistency_every!r}: it must be at least 0; 0 is never")
     if log is not None:
         writer(log)
+        if not consistency_every:
+            raise ValueError("log= is given and consistency_every is 0, so nothing would be measured: set it too")
 
 
 def writer(log) -> Callable[[dict], None]:

@@ -17,6 +17,7 @@ class Courier:
     """
 
     error: BaseException | None = None
+    closed = False
 
     def __init__(self, name: str, device: torch.device, on_error: Callable[[BaseException], None]):
         self._device = device
@@ -50,7 +51,8 @@ class Courier:
             raise RuntimeError(f"thinwire: an exchange in the background failed: {self.error!r}") from self.error
 
     def close(self) -> None:
-        """End the thread when it has done its jobs."""
+        """End the thread when it has done its jobs; after a failure it does none of them."""
+        self.closed = True
         self._jobs.put(None)
 
     def fail(self, error: BaseException) -> None:
@@ -83,5 +85,6 @@ def _work(jobs, courier, device):
 
 
 def _finish(courier):
-    if (alive := courier()) is not None and alive.error is None:
+    alive = courier()
+    if alive is not None and alive.error is None and not alive.closed:
         alive.wait(seconds=10.0)

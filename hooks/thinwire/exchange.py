@@ -15,6 +15,8 @@ from thinwire.wire import Arrived, Payload, Wire
 # torch 2.13 renames it and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
+_LEAST_PIECE, _MOST_PIECES = 2**16, 8  # bytes to a rank in one of several all-to-alls, and how many of them
+
 
 @dataclass
 class InFlight:
@@ -66,8 +68,7 @@ class OwnerExchange:
         owned = _ownership(slots, n).to(payload.values.device)
         padded = torch.cat([payload.values, payload.values.new_zeros(1)])
         outgoing = torch.stack([wire.message(Payload(part, payload.scale)) for part in padded[owned]])
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        incoming = _all_to_all(outgoing, self.group)
         like = Payload(payload.values.new_empty(owned.shape[1]), payload.scale)
         total = _sum_in_rank_order(wire.parse(incoming, like), wide)
         result = wire.pack(total)
@@ -86,6 +87,20 @@ class OwnerExchange:
         payload = values.new_empty(flight.numel + 1)  # the last takes the padding
         payload[flight.owned] = values
         return Arrived(payload[None, : flight.numel])
+
+
+def _all_to_all(outgoing: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The i-th row of outgoing [n, bytes] goes to rank i; what came from the ranks, [n, bytes], waited for.
+
+    Gloo's all-to-all sends before it receives, which leaves half of a two-way link idle; several at once do not.
+    """
+    pieces = 1 if outgoing.is_cuda else min(_MOST_PIECES, max(1, outgoing.shape[1] // _LEAST_PIECE))
+    there = [piece.contiguous() for piece in outgoing.chunk(pieces, dim=1)]
+    here = [torch.empty_like(piece) for piece in there]
+    works = [dist.all_to_all_single(*pair, group=group, async_op=True) for pair in zip(here, there)]
+    for work in works:
+        work.wait()
+    return here[0] if pieces == 1 else torch.cat(here, dim=1)
 
 
 def _ownership(slots: Slots, n: int) -> torch.Tensor:

@@ -4,6 +4,8 @@ A Gloo group costs about three threads and an NCCL group hundreds of megabytes, 
 are made once, groups of one rank never, and the group of all ranks is the one that is there.
 """
 
+import datetime
+
 import torch
 import torch.distributed as dist
 
@@ -65,6 +67,14 @@ def backend_of(group: dist.ProcessGroup) -> str:
     if backend == dist.Backend.UNDEFINED:  # one for each type of device
         backend = dist.get_backend_config(group)
     return backend
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta | None:
+    """How long a group waits for its ranks, for one that is to wait as long; None where PyTorch does not say."""
+    try:
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def needed(partitions: tuple[Partition, ...], size: int) -> list[Group]:

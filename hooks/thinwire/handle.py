@@ -35,8 +35,8 @@ class Handle:
         self._waiting_state = None
         self.consistency_log: deque[dict] = deque(maxlen=KEPT)
         self._log = None if log is None else consistency.writer(log)
-        consistency.check_log(consistency_every, log)
         self._every = consistency_every or EVERY_IF_AUTO * self._block_sparse.automatic
+        consistency.check_log(self._every, log)
         self._controller = None
         if self._block_sparse.automatic:
             limits = self._block_sparse
@@ -60,10 +60,11 @@ class Handle:
         x is the ideal iterate, v what a rank computes its next gradient at; in the units of a gradient's norm. With
         error feedback it is the norm of the mean residual, without a memory 0; with Elastic what is late is in it.
 
-        Returns the same dictionary on all ranks: step; inconsistency_max and inconsistency_mean over the ranks (to
-        about 2 %, see thinwire.consistency); gradient_norm, the paper's M: the largest norm of a rank's gradient so
-        far, in the steps that ``consistency_every`` measures; bound, the paper's B for this method at that M, or
-        None where it has none or no gradient was measured. Costs one all-gather of 16 KB a rank, or 32 KB.
+        Returns the same dictionary on all ranks: step; inconsistency_max and inconsistency_mean over the ranks, to
+        about 2 % (see thinwire.consistency); residual, the norm of the mean residual that is in it; gradient_norm, the
+        paper's M: the largest norm of a rank's gradient so far, in the steps that ``consistency_every`` measures;
+        bound, the paper's B for this method at that M, or None where it has none or no gradient was measured. Costs
+        one all-gather of 16 KB a rank, or 32 KB.
         Raises RuntimeError where there is no model yet.
         """
         if self._reducer is None:
@@ -71,18 +72,19 @@ class Handle:
         waits, alone = self._apart()
         scale = self._scale or 1.0
         squares, self._squares = self._squares, []
-        norm = math.sqrt(math.fsum(map(float, squares))) / scale
+        norm = math.sqrt(math.fsum(map(float, squares)))
         sketches = [None if held is None else consistency.sketch(held) / scale for held in (waits, alone)]
-        apart, largest = consistency.measure(*sketches, norm, self._gather_numbers)
-        if math.isfinite(largest):
-            self._gradient_norm = max(self._gradient_norm, largest)
+        found = consistency.measure(*sketches, norm, self._gather_numbers)
+        if math.isfinite(found.gradient_norm):
+            self._gradient_norm = max(self._gradient_norm, found.gradient_norm)
         numels = tuple(self._numels.values())
         last, block_size = max(self._step - 1, 0), self._block_sparse.block_size
         counts = self._block_sparse.counts_at(last, self._world_size, numels, self._density_at(last))
         shares = [count / -(-numel // block_size) for count, numel in zip(counts, numels) if numel]
         norm = self._gradient_norm or None
         bound = None if norm is None else consistency.bound(self.method, shares, norm)
-        return {"step": self._step, "inconsistency_max": max(apart), "inconsistency_mean": sum(apart) / len(apart),
+        return {"step": self._step, "inconsistency_max": max(found.apart),
+                "inconsistency_mean": math.fsum(found.apart) / len(found.apart), "residual": found.residual,
                 "gradient_norm": norm, "bound": bound}  # fmt: skip
 
     def state_dict(self) -> dict:
@@ -111,9 +113,12 @@ class Handle:
             self._waiting_state = state
         else:
             self._put_back(checkpoint.load(state, self.method, self._reducer, self._numels))
+            if self._scale != 1.0 and (self._grad_scaler is None or not self._grad_scaler.is_enabled()):
+                self._rescale(1 / self._scale)  # it was saved under a GradScaler
+                self._scale = 1.0
 
     def _put_back(self, shard):
-        self._step, self._scale, self._agreed = shard["step"], shard["scale"] or None, False
+        self._step, self._scale, self._agreed = shard["step"], shard["scale"] or 1.0, False
         self._gradient_norm = shard.get("gradient_norm", 0.0)
         if self._controller is not None and shard.get("controller"):
             self._controller.load_state_dict(shard["controller"])
@@ -144,7 +149,11 @@ class Handle:
     def _take_in(self, found: dict) -> None:
         """A measurement that was due."""
         if self._controller is not None:
-            self._controller.update(found["inconsistency_max"])
+            if found["step"] > self._block_sparse.warmup_steps:
+                self._controller.update(found["residual"])
+                # Logarithms differ in their last bit between machines: rank 0's density counts.
+                mine = torch.tensor([self._controller.density], dtype=torch.float64)
+                self._controller.density = float(self._gather_numbers(mine)[0])
             found["density"] = self._controller.density
         self.consistency_log.append(found)
         if self._log is not None:
@@ -159,7 +168,7 @@ class Handle:
     def _note_gradient(self, flat: torch.Tensor, step: int) -> None:
         """A part of this rank's gradient, whose norm is wanted in steps that are measured."""
         if self._every and (step + 1) % self._every == 0:
-            self._squares.append(torch.linalg.vector_norm(flat, dtype=torch.float64).square().cpu())
+            self._squares.append((torch.linalg.vector_norm(flat, dtype=torch.float64) / (self._scale or 1.0)) ** 2)
 
     def _apart(self):
         """What makes up x - v: names and tensors of what waits on this rank, whose mean over ranks will be applied;

@@ -4,7 +4,7 @@ Horovod adds up, element by element, whatever the compressor gives it, so every 
 ranks choose different blocks that all can compute (independent, permuted) they send the slots of the union. Nominated
 needs the ranks to talk before they know their blocks, which must not happen inside ``compress``: Horovod may call it
 in another order on another rank. It sends one element there, and does its own exchange, of all parameters at once, in
-the first ``decompress`` of the step.
+the first ``decompress`` of the step. Elastic does so with any selection: see ``horovod_elastic.py``.
 """
 import json
 import logging
@@ -17,7 +17,7 @@ import torch
 from thinwire.checks import check_gradient, check_momentum
 from thinwire.handle import Handle
 from thinwire.horovod_replicas import DivideAndShuffleAverager
-from thinwire.methods import Method
+from thinwire.methods import Elastic, Method
 from thinwire.reducer import Encoded
 from thinwire.stats import ring_all_reduce_bytes
 from thinwire.wire import Arrived, SummableFloat, SummableHalf
@@ -46,9 +46,10 @@ class _InFlight:
 class Compressor(Handle):
     """Drop-in for ``hvd.DistributedOptimizer(optimizer, named_parameters=..., compression=Compressor(...))``.
 
-    named_parameters: ``model.named_parameters()``. method: BlockSparse with any selection but topk, or Dense.
-    process_set: the one that the DistributedOptimizer is given. optimizer: the inner optimizer; needed where the
-    method keeps momentum itself. grad_scaler: as for ``thinwire.attach``.
+    named_parameters: ``model.named_parameters()``. method: BlockSparse with any selection but topk, or Dense; or
+    Elastic over one of them, and then you get a :class:`thinwire.horovod_elastic.ElasticCompressor`. process_set: the
+    one that the DistributedOptimizer is given. optimizer: the inner optimizer; needed where the method keeps momentum
+    itself, and by Elastic. grad_scaler: as for ``thinwire.attach``.
 
     Make one for each DistributedOptimizer. Both op=Average and op=Sum work, with the meaning that they have without
     a compressor. Horovod adds in the wire dtype: with float16, values are divided by the number of ranks beforehand
@@ -58,11 +59,22 @@ class Compressor(Handle):
     Raises TypeError or ValueError for what cannot work, ImportError without Horovod.
     """
 
+    def __new__(cls, named_parameters=(), method: Method | None = None, **options):
+        if isinstance(method, Elastic) and hvd is not None:
+            from thinwire.horovod_elastic import ElasticCompressor
+
+            if not issubclass(cls, ElasticCompressor):
+                if cls is not Compressor:
+                    raise TypeError(f"{cls.__name__} with {method!r}: make it a subclass of ElasticCompressor")
+                return super().__new__(ElasticCompressor)
+        return super().__new__(cls)
+
     def __init__(self, named_parameters, method: Method, *, process_set=None, optimizer=None, grad_scaler=None,
                  consistency_every: int = 0, log=None):  # fmt: skip
         if hvd is None:
             raise ImportError(f"thinwire.horovod needs horovod.torch, which does not import here: {_why_not}")
-        super().__init__(method, grad_scaler, consistency_every, log)
+        runs = method.method if isinstance(method, Elastic) else method
+        super().__init__(method, grad_scaler, consistency_every, log, runs)
         if self._block_sparse.selection == "topk":
             raise ValueError(
                 "BlockSparse(selection='topk') gives every rank blocks that the others cannot know, and Horovod's "
@@ -70,14 +82,15 @@ class Compressor(Handle):
             )
         if self._block_sparse.wire_dtype == torch.bfloat16:
             raise ValueError(
-                f"{type(method).__name__}(wire_dtype=torch.bfloat16): Horovod cannot all-reduce bfloat16; use "
+                f"{type(runs).__name__}(wire_dtype=torch.bfloat16): Horovod cannot all-reduce bfloat16; use "
                 "torch.float16 or torch.float32"
             )
-        check_momentum(method, optimizer)
+        check_momentum(runs, optimizer)
         self._set = hvd.global_process_set if process_set is None else process_set
         self._parameters = _trainable(named_parameters)
         self._steps = dict.fromkeys((name for name, _ in self._parameters), 0)
         self._next = 0
+        self._defers = self._block_sparse.selection == "nominated"
         self._deferred: dict[str, _InFlight] = {}
         self._averaged: dict[str, torch.Tensor] = {}
         self._warned = False
@@ -96,19 +109,14 @@ class Compressor(Handle):
         step = self._count_step(name)
         self._note_gradient(tensor, step)
         self._stats.dense_bytes += self._ring_bytes(tensor)
-        if self._block_sparse.selection == "nominated":
+        if self._defers:
             self._deferred[name] = _InFlight(name, tensor)
             one = torch.ones(1, device=tensor.device)
             self._stats.count_bytes(self._ring_bytes(one))
             return one, self._deferred[name]
-        encoded = self._reducer.encode(tensor.reshape(-1), (name,), (tensor.numel(),), step, self._gather_now,
-                                       self._density_at(step))  # fmt: skip
-        values, over = encoded.payload.values, None
-        if not encoded.choice.common:
-            values, over = _widen_to_union(encoded)
-        elif self._block_sparse.memory != "none":
+        encoded, values, over = self._encode(tensor.reshape(-1), (name,), (tensor.numel(),), step)
+        if values is encoded.payload.values and self._block_sparse.memory != "none":
             values = values.clone()  # Horovod adds up in place, and memory is still to be told what was sent
-        self._note_sent(name, encoded, values)
         now = time.perf_counter()
         self._stats.encode_s += now - begin
         return values, _InFlight(name, tensor, encoded, over, now)
@@ -148,26 +156,39 @@ class Compressor(Handle):
 
     def _exchange_deferred(self, ones_added):
         """Exchange all gradients of this step at once; the element each rank sent tells the op: n for Sum, else 1."""
-        deferred, self._deferred = self._deferred, {}
-        for kind in sorted({(str(one.grad.dtype), str(one.grad.device)) for one in deferred.values()}):
-            group = [deferred[n] for n in sorted(deferred)]
-            group = [one for one in group if (str(one.grad.dtype), str(one.grad.device)) == kind]
+        for group in self._take_deferred():
             begin = time.perf_counter()
             flat = torch.cat([one.grad.reshape(-1) for one in group])
             names = tuple(one.name for one in group)
             numels = tuple(one.grad.numel() for one in group)
-            step = self._steps[names[0]] - 1
-            encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, self._density_at(step))
-            self._note_sent(names[0], encoded, encoded.payload.values)
+            encoded, values, over = self._encode(flat, names, numels, self._steps[names[0]] - 1)
             sending = time.perf_counter()
-            values = encoded.payload.values
             total = hvd.allreduce(values, op=hvd.Sum, name="thinwire.payload", process_set=self._set)
             arriving = time.perf_counter()
-            self._decode(encoded, total, None, self._set.size() / ones_added)
+            self._decode(encoded, total, over, self._set.size() / ones_added)
             self._averaged.update(zip(names, flat.split(numels), strict=True))
             self._stats.encode_s += sending - begin
             self._stats.exchange_s += arriving - sending
             self._stats.decode_s += time.perf_counter() - arriving
+
+    def _take_deferred(self):
+        """The gradients of this step, in lists of one dtype and device each, by name: the same on every rank."""
+        deferred, self._deferred = self._deferred, {}
+        kinds: dict[tuple[str, str], list[_InFlight]] = {}
+        for name in sorted(deferred):
+            grad = deferred[name].grad
+            kinds.setdefault((str(grad.dtype), str(grad.device)), []).append(deferred[name])
+        return [kinds[kind] for kind in sorted(kinds)]
+
+    def _encode(self, flat, names, numels, step):
+        """Encoded, the values that Horovod is to add up, and over: see Reducer.decode. One parameter, where ranks
+        choose different blocks."""
+        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, self._density_at(step))
+        values, over = encoded.payload.values, None
+        if not encoded.choice.common:
+            values, over = _widen_to_union(encoded)
+        self._note_sent(names[0], encoded, values)
+        return encoded, values, over
 
     def _decode(self, encoded, total, over, divide_by):
         scale = encoded.payload.scale
@@ -215,21 +236,24 @@ class Compressor(Handle):
         return [json.loads(bytes(one.tolist())) for one in texts.split(lengths.tolist())]
 
     def _check_process_set(self):
-        """Raise ValueError where the optimizer has another process set: waiting for its other ranks would not end.
+        """Raise ValueError where the optimizer has another process set: waiting for its other ranks would not end."""
+        optimizer = self._calling_optimizer()
+        theirs = getattr(optimizer, "process_set", hvd.global_process_set)
+        if optimizer is not None and theirs.process_set_id != self._set.process_set_id:
+            raise ValueError(
+                f"the DistributedOptimizer has process_set={theirs} and its Compressor has {self._set}: give "
+                "both the same process_set"
+            )
 
-        Horovod does not say whom it calls for; its optimizer is the ``self`` of one of the callers.
-        """
+    def _calling_optimizer(self):
+        """Horovod does not say whom it calls for; its optimizer is the ``self`` of one of the callers."""
         frame = sys._getframe(2)
-        for _ in range(3):
+        for _ in range(6):
             optimizer = frame and frame.f_locals.get("self")
             if getattr(optimizer, "_compression", None) is self:
-                theirs = getattr(optimizer, "process_set", hvd.global_process_set)
-                if theirs.process_set_id != self._set.process_set_id:
-                    raise ValueError(
-                        f"the DistributedOptimizer has process_set={theirs} and its Compressor has {self._set}: give "
-                        "both the same process_set"
-                    )
+                return optimizer
             frame = frame and frame.f_back
+        return None
 
 
 def _trainable(named_parameters):

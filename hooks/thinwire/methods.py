@@ -79,8 +79,9 @@ class BlockSparse(Method):
         are where a late update shows. Wider biases and norms are sparsified like the rest: at a density of 1 %
         they would be about a third of what a transformer of width 256 sends.
     seed: of the random selections, in [0, 2**63). The same on every rank.
-    max_inconsistency: with density="auto", the limit for ||x - v|| / lr, the norm of the mean residual, in the units
-        of a gradient's norm; see ``handle.consistency()`` for what it is with a density that you know to work.
+    max_inconsistency: with density="auto", the limit for the norm of the mean residual, which is ||x - v|| / lr but
+        for what Elastic makes late, in the units of a gradient's norm: see the "residual" of ``handle.consistency()``
+        with a density that you know to work.
     min_density, max_density: with density="auto", its bounds, in (0, 1].
 
     Raises TypeError or ValueError for a wrong value or a combination that cannot be right.
@@ -199,7 +200,8 @@ class Elastic(Method):
     A bucket that is not waited for is late: it travels behind the next steps' computation, and its average is added
     to the gradient of a later step. No gradient is lost or applied twice. Buckets are DDP's: with few of them (see
     its ``bucket_cap_mb``) there is little to choose from. Use it with ``thinwire.attach(ddp, method,
-    optimizer=optimizer)``, and call ``handle.finalize()`` at the end.
+    optimizer=optimizer)`` or ``thinwire.horovod.Compressor(named_parameters, method, optimizer=optimizer)``, and call
+    ``finalize()`` at the end.
 
     method: how a bucket is averaged: ``Dense()`` or a ``BlockSparse``.
     beta: the share of the gradient's norm, a sum over its parameters' L2 norms, that must have been averaged before a
@@ -216,9 +218,10 @@ class Elastic(Method):
         ``arrival``  the paper's rule: wait until the buckets that have arrived, whichever they are, carry beta of
                      the rank's norm. Replicas differ by what is late until ``finalize()``
 
-    The learning rate that counts for a late average is that of the step that issued it, for ``torch.optim.SGD``: it
-    is multiplied by their ratio. Other optimizers' steps are not proportional to the gradient, so there it is that
-    of the step that applies it.
+    The learning rate that counts for a late average is that of the step that issued it, as its backward pass found
+    it, for ``torch.optim.SGD`` without momentum: the average is multiplied by the ratio of the two. Other optimizers'
+    steps are not proportional to the gradient, and in a momentum buffer the ratio would outlive the rate it was meant
+    for, so there it is the rate of the step that applies it.
 
     Where replicas may differ, with speculate or arrival, the optimizer must be a ``torch.optim.SGD`` without momentum
     and weight decay: only then is the result the same, to rounding, in whichever step a gradient is applied.
@@ -246,6 +249,11 @@ class Elastic(Method):
     def replicas_differ(self) -> bool:
         """Whether ranks may apply the same average in different steps."""
         return self.beta < 1 and (self.speculate or self.decide == "arrival")
+
+    @staticmethod
+    def differed(described: dict[str, str]) -> bool:
+        """``replicas_differ`` of the method that was described so."""
+        return described.get("elastic.speculate") == "True" or described.get("elastic.decide") == "arrival"
 
     def describe(self) -> dict[str, str]:
         """As any method's; the fields of the method inside are among them, under their own names."""

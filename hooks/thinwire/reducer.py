@@ -16,6 +16,7 @@ from thinwire.methods import BlockSparse
 from thinwire.selection import Choice, Question
 from thinwire.wire import Arrived, Payload, Wire
 
+NAMES_KEPT = 100_000  # in layouts: Elastic with Horovod has another set of parameters in every step
 _Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -86,6 +87,8 @@ class Reducer:
         counts = self.method.counts_at(step, self.world_size, numels, density)
         slots = self._slots.get(names)
         if slots is None or slots.counts != counts:
+            if slots is None and sum(map(len, self._slots)) > NAMES_KEPT:
+                self._slots.clear()
             layout = Layout(names, numels, self.method.block_size) if slots is None else slots.layout
             self._slots[names] = slots = layout.slots(counts)
         return slots

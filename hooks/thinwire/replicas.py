@@ -223,8 +223,8 @@ class Replicas:
         rates = {p: float(group["lr"]) or math.nan for group in self._optimizer.param_groups for p in group["params"]}
         mine = consistency.sketch((name, p.detach().reshape(-1).double() / rates[p]) for name, p in self._parameters())
         gather = lambda numbers: torch.stack(self._groups.gather_objects(numbers))
-        apart, _ = consistency.measure(-mine, mine, 0.0, gather)
-        mean = sum(apart) / len(apart)
+        apart = consistency.measure(-mine, mine, 0.0, gather).apart
+        mean = math.fsum(apart) / len(apart)
         return {"step": self._rounds.done, "inconsistency_max": max(apart), "inconsistency_mean": mean,
                 "gradient_norm": None, "bound": None}  # fmt: skip
 

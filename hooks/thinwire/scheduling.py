@@ -51,7 +51,8 @@ class Bucket:
         return self.late
 
     def give(self) -> None:
-        self._ready.set_result(None)
+        if not self._ready.done():
+            self._ready.set_result(None)
 
     def fail(self, error: BaseException) -> None:
         if not self._ready.done():
@@ -66,7 +67,12 @@ class Bucket:
 
 @dataclass
 class Rule:
-    """What the rules share. factor: see Ledger.deliver. has_memory: averaging a bucket changes state of its own."""
+    """What the rules share.
+
+    has_memory: averaging a bucket changes state of its own. factor: from learning rates now, by parameter name, to
+    what Ledger.deliver asks for. may_be_unused: DDP may drop what it is given of a parameter. counts: buckets and
+    late_buckets so far.
+    """
 
     method: Elastic
     ledger: Ledger
@@ -74,12 +80,15 @@ class Rule:
     has_memory: bool
     factor: Callable[[dict[str, float]], Factor]
     may_be_unused: bool
+    counts: dict[str, int]
     buckets: list[Bucket] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: {"buckets": 0, "late_buckets": 0})
     under_way: list[Late] = field(default_factory=list)
 
     def __post_init__(self):
         self._prepare()
+
+    def forget_late(self) -> None:
+        """Forget which buckets were to be late in the next step."""
 
     def land_all(self) -> None:
         """Wait until nothing is under way."""
@@ -91,7 +100,7 @@ class Rule:
             lane.courier.check()
 
     def fail(self, error: BaseException) -> None:
-        """An exchange has failed: DDP is not to wait for what will not come."""
+        """An exchange has failed: DDP is not to wait for what will not come. The courier knows of it already."""
         for late in self.under_way:
             late.landed.set()
         for bucket in self.buckets:
@@ -146,6 +155,10 @@ class Agreed(Rule):
         self.now, self.later = self.lanes
         self._will_be_late: set[tuple[str, ...]] = set()
 
+    def forget_late(self) -> None:
+        """Wait for every bucket of the next step."""
+        self._will_be_late = set()
+
     def take(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
         if bucket.names in self._will_be_late:
@@ -179,6 +192,9 @@ class Agreed(Rule):
         finite = all(map(math.isfinite, (norm for some in norms for norm in some)))
         waited = heaviest([math.fsum(some) for some in norms], self.method.beta)
         self._will_be_late = {bucket.names for i, bucket in enumerate(buckets) if i not in waited}
+        if self.may_be_unused:
+            for bucket, some in zip(buckets, norms):
+                _give_up_unused(bucket, some)
         due = [late for late in self.ledger.lates if late.step <= step - self.method.max_delay]
         for arrival in [late.landed for late in due] + [b.averaged for b in buckets if b.late is None]:
             arrival.wait()
@@ -216,7 +232,7 @@ class Arrival(Rule):
 
     def _prepare(self):
         (self.lane,) = self.lanes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ending: int | None = None
 
     def take(self, bucket: Bucket) -> None:
@@ -240,7 +256,12 @@ class Arrival(Rule):
             bucket.late.land()
             self._try_to_settle()
 
+    def fail(self, error):
+        with self._lock:
+            super().fail(error)
+
     def _try_to_settle(self):
+        self.lane.courier.check()  # what has landed then is no average
         if self._ending is None or not self._enough():
             return
         self._ending = None
@@ -265,6 +286,13 @@ class Arrival(Rule):
         if len(here) == len(self.buckets):
             return True
         return math.fsum(here) >= self.method.beta * math.fsum(self._norms)  # false where one is not a number
+
+
+def _give_up_unused(bucket, norms):
+    """What no rank used has no gradient to be applied later."""
+    for name, norm in zip(bucket.names, norms):
+        if bucket.late is not None and norm == 0:
+            bucket.late.give_up(name)
 
 
 def _only(names, factor):
