@@ -383,7 +383,28 @@ def test_skipped_steps_drop_what_they_issued_and_nothing_else(ranks, beta, delay
         assert equal and off < 2e-6 and late > 50
 
 
-# ---- parameters that are not used, learning rates of zero, uneven inputs ----
+# ---- options of DDP, parameters that are not used, learning rates of zero, uneven inputs ----
+
+
+def with_options(rank, n, method, options):
+    model = mlp()
+    ddp, optimizer = wrap(model, **options), sgd(model, lr=0.02)
+    handle = attach(ddp, method, optimizer)
+    batches, expected = data(rank), flat(model.parameters())
+    for _ in range(15):
+        batch = next(batches)
+        expected -= 0.02 * average_over_ranks(local_gradient(model, batch))
+        step(ddp, optimizer, batch)
+    handle.finalize()
+    off = (flat(model.parameters()) - expected).norm() / expected.norm()
+    return off.item(), handle.stats()["late_buckets"], equal_on_all_ranks(list(model.parameters()))
+
+
+@pytest.mark.parametrize("options", [{"static_graph": True}, {"gradient_as_bucket_view": True}], ids=lambda o: [*o][0])
+@pytest.mark.parametrize("method", EVERY_RULE[:4], ids=label)
+def test_options_of_ddp(ranks, method, options):
+    for off, late, equal in ranks(2).run(with_options, method, options):
+        assert off < 2e-6 and late > 15 and equal
 
 
 class Sometimes(torch.nn.Module):
