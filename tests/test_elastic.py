@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import random
 import time
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import attach, data, equal_on_all_ranks, flat, local_gradient, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, Elastic
+from thinwire import BlockSparse, Dense, Elastic, scheduling
 from thinwire.channel import Channel
 from thinwire.groups import timeout_of
 from thinwire.lateness import Late, Ledger, heaviest
@@ -241,6 +242,22 @@ def test_agreed_keeps_replicas_bitwise_equal_with_any_optimizer(ranks, method, o
         assert equal and late > 30
 
 
+def timed(rank, n, method, slow):
+    """What is late alternates; with ``slow``, averages arrive when they like."""
+    steps = itertools.count()
+
+    def every_other(norms, beta):
+        step_ = next(steps)
+        return {i for i in range(len(norms)) if (i + step_) % 2}
+
+    scheduling.heaviest = every_other
+    try:
+        with jitter(rank) if slow else contextlib.nullcontext():
+            return flat(trained(rank, method, steps=24)[0].parameters())
+    finally:
+        scheduling.heaviest = heaviest
+
+
 def differing(rank, n, method):
     with jitter(rank, longest=0.1):
         model = mlp()
@@ -257,6 +274,19 @@ def differing(rank, n, method):
         restored = torch.equal(before, flat(model.parameters()))
         handle.finalize()
         return all(equal), inside, restored, torch.equal(seen, flat(model.parameters())), bool(handle._ledger.lates)
+
+
+WITH_MEMORIES = [
+    Elastic(Dense(), 0.5),
+    Elastic(BlockSparse("shared", density=0.3, memory="control_variate", block_size=16), 0.5),
+    Elastic(BlockSparse("topk", density=0.1, block_size=16, momentum=0.9, wire_dtype=torch.bfloat16), 0.5, max_delay=2),
+]
+
+
+@pytest.mark.parametrize("method", WITH_MEMORIES, ids=label)
+def test_agreed_does_not_depend_on_what_arrives_when(ranks, method):
+    quick, slow = (ranks(2).run(timed, method, slow) for slow in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(quick, slow))
 
 
 @pytest.mark.parametrize("method", [m for m in EVERY_RULE if m.replicas_differ], ids=label)
