@@ -5,12 +5,13 @@ import datetime
 import itertools
 import random
 import time
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from models import attach, data, equal_on_all_ranks, flat, local_gradient, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, Elastic, scheduling
+from thinwire import BlockSparse, Dense, Elastic, elastic, scheduling
 from thinwire.channel import Channel
 from thinwire.groups import timeout_of
 from thinwire.lateness import Late, Ledger, heaviest
@@ -713,8 +714,29 @@ def test_new_process_groups_have_the_timeout_of_the_models(ranks):
 
 def quiet(rank, n):
     with logged() as messages:
-        trained(rank, Elastic(Dense(), beta=0.2))
+        trained(rank, Elastic(Dense(), beta=0.2))[1].finalize()
     return messages
+
+
+def warned(rank, n):
+    with logged() as messages:
+        model = mlp()
+        ddp, optimizer = DistributedDataParallel(model), sgd(model)
+        attach(ddp, Elastic(Dense(), beta=0.2), optimizer)
+        batches = data(rank)
+        for _ in range(5):
+            step(ddp, optimizer, next(batches))
+        handle = trained(rank, Elastic(Dense(), beta=0.2))[1]
+        elastic._remind(weakref.ref(handle))  # at the program's end
+        handle.finalize()
+        elastic._remind(weakref.ref(handle))
+    return messages
+
+
+def test_too_few_buckets_and_a_forgotten_finalize_are_said(ranks):
+    for few, forgotten in ranks(2).run(warned):
+        assert "1 bucket(s)" in few and "bucket_cap_mb" in few
+        assert "gradients of 1 step(s)" in forgotten and "finalize()" in forgotten
 
 
 def test_nothing_is_logged_where_nothing_is_wrong(ranks):

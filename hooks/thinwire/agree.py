@@ -44,9 +44,12 @@ def check_together(all_gather_object, check: Callable[[], dict[str, str]]) -> No
     try:
         says = check()
     except (TypeError, ValueError) as error:
-        refusal = f"{type(error).__name__}: {error}"
+        refusal = str(error)
     everyone = all_gather_object((refusal, says))
-    refusals = [f"rank {rank}: {refused}" for rank, (refused, _) in enumerate(everyone) if refused]
+    refusals: dict[str, list[str]] = {}
+    for rank, (refused, _) in enumerate(everyone):
+        if refused:
+            refusals.setdefault(refused, []).append(str(rank))
     if refusals:
-        raise ValueError("thinwire: " + "; ".join(refusals))
+        raise ValueError("; ".join(f"{what} (rank {', '.join(ranks)})" for what, ranks in refusals.items()))
     require([said for _, said in everyone])

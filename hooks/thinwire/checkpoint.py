@@ -73,7 +73,10 @@ def check(shards: dict | Sequence[dict], method: Method, numels: dict[str, int] 
         if len({shard[key] for shard in shards}) > 1:
             raise ValueError(f"load_state_dict got shards of different {key}: {[shard[key] for shard in shards]}")
     ours, theirs = method.describe(), shards[0]["method"]
-    changed = [f"{key} was {theirs.get(key)} and is {value}" for key, value in ours.items() if theirs.get(key) != value]
+    changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
+               if theirs.get(key, value) != value]  # fmt: skip
+    if ("elastic.beta" in ours) != ("elastic.beta" in theirs):
+        changed.append(f"it was saved {'without' if 'elastic.beta' in ours else 'with'} Elastic")
     if changed and numels is not None:
         _log.warning("thinwire: the state was saved with other settings: %s", "; ".join(changed))
     return shards
@@ -100,17 +103,17 @@ def _check(shard, method, numels):
         found = sorted(shard) if isinstance(shard, dict) else type(shard).__name__
         raise ValueError(f"load_state_dict got {found}: not a thinwire state of format {FORMAT}")
     ours, theirs = method.describe(), shard["method"]
+    if shard.get("late") and (not isinstance(method, Elastic) or method.beta == 1):
+        raise ValueError(
+            "load_state_dict: the state holds gradients that Elastic had yet to apply, and with "
+            f"{method!r} nothing would: load it with Elastic(..., beta below 1), or call finalize() before saving"
+        )
     for field in ("method", "memory", "momentum"):
         if ours.get(field) != theirs.get(field):
             raise ValueError(
                 f"load_state_dict: the state was saved with {field}={theirs.get(field)} and this method has "
                 f"{field}={ours.get(field)}; its tensors mean nothing to it"
             )
-    if shard.get("late") and (not isinstance(method, Elastic) or method.beta == 1):
-        raise ValueError(
-            "load_state_dict: the state holds gradients that Elastic had yet to apply, and with "
-            f"{method!r} nothing would: load it with Elastic(..., beta below 1), or call finalize() before saving"
-        )
     held = list(shard["memory"].items()) + [("what is late", late["tensors"]) for late in shard.get("late", ())]
     for name, tensors in held if numels is not None else ():
         for parameter, tensor in tensors.items():

@@ -29,11 +29,12 @@ def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = Non
     step; and by Elastic, for the learning rates. grad_scaler: the torch.amp.GradScaler in use, if any: a memory is
     kept in step when the scale changes, and with DivideAndShuffle a step that one rank skips does not stop the others.
     consistency_every: measure the inconsistency every so many steps, as ``handle.consistency()`` does; 0 is never,
-    and costs nothing. log: what gets the measurements, beside ``handle.consistency_log``: a TensorBoard
-    ``SummaryWriter``, or a callable that takes a dictionary.
+    and costs nothing. log: what gets the measurements on this rank, beside ``handle.consistency_log``: a TensorBoard
+    ``SummaryWriter``, or a callable that takes the dictionary that ``handle.consistency()`` describes.
 
     Returns the handle, with ``stats()``, ``consistency()``, ``state_dict()`` and ``load_state_dict()``; of
-    DivideAndShuffle it is a :class:`thinwire.replicas.Replicas`, of Elastic an :class:`thinwire.elastic.ElasticState`.
+    DivideAndShuffle it is a :class:`thinwire.replicas.Replicas`, with ``averaged_model()`` and ``finalize()``, and of
+    Elastic an :class:`thinwire.elastic.ElasticState`, with ``drained()`` and ``finalize()``.
     Raises TypeError or ValueError for a model, method or optimizer that cannot work, before anything is changed.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)

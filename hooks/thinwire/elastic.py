@@ -5,6 +5,8 @@ which travels in a thread and a process group of its own, and its future gives w
 and nothing or this rank's own gradient of this step. ``scheduling.py`` decides, ``lateness.py`` keeps count.
 """
 
+import atexit
+import logging
 import weakref
 
 import torch
@@ -23,6 +25,8 @@ from thinwire.methods import Elastic
 from thinwire.names import parameter_names
 from thinwire.scheduling import Agreed, Arrival, Bucket, Lane
 from thinwire.stats import Stats
+
+_log = logging.getLogger("thinwire")
 
 
 def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState":
@@ -53,14 +57,17 @@ def check_elastic(method: Elastic, ddp: DistributedDataParallel, optimizer, grad
     check_momentum(method.method, optimizer)
     check_owned(optimizer, [(name, p) for p, name in parameter_names(ddp.module, ddp.parameters_to_ignore).items()])
     if method.replicas_differ:
-        plain = isinstance(optimizer, torch.optim.SGD) and not any(
-            group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
-        )
-        if not plain:
+        found = type(optimizer).__name__
+        wrong = not isinstance(optimizer, torch.optim.SGD)
+        for group in optimizer.param_groups if not wrong else ():
+            settings = {key: group[key] for key in ("momentum", "weight_decay") if group[key]}
+            if settings:
+                wrong, found = True, f"SGD with {settings}"
+        if wrong:
             what = "speculate=True" if method.speculate else "decide='arrival'"
             raise ValueError(
                 f"Elastic({what}) lets ranks apply a gradient in different steps, which comes to the same only with a "
-                f"torch.optim.SGD without momentum and weight decay, and the optimizer is {optimizer!r}: use "
+                f"torch.optim.SGD without momentum and weight decay, and the optimizer is {found}: use "
                 "decide='agreed' without speculate, or such an SGD; BlockSparse(momentum=...) keeps momentum soundly"
             )
     if method.decide == "arrival" and method.beta < 1:
@@ -79,7 +86,8 @@ def check_elastic(method: Elastic, ddp: DistributedDataParallel, optimizer, grad
 class ElasticState(LateSteps, HookState):
     """Elastic scheduling at work on one DDP model; the handle that ``thinwire.attach`` returns.
 
-    All methods but ``stats`` wait for the other ranks: call them on every rank.
+    Call all methods but ``stats`` on every rank: ``consistency`` waits for the others, and replicas that one rank
+    alone finalizes differ from then on.
     """
 
     _closed = False
@@ -89,6 +97,7 @@ class ElasticState(LateSteps, HookState):
         self._optimizer = optimizer
         self._rule: Agreed | Arrival | None = None
         self._counts = {"buckets": 0, "late_buckets": 0}
+        atexit.register(_remind, weakref.ref(self))
 
     def __reduce__(self):
         return HookState(self.method.method).__reduce__()
@@ -171,6 +180,9 @@ class ElasticState(LateSteps, HookState):
         self._rule.take(one)
         if bucket.is_last():
             self._rule.end(step)
+            if step == 2 and bucket.index() < 2:
+                _log.warning("thinwire: DDP has put this model into %d bucket(s), so Elastic has little to choose from:"
+                             " give DistributedDataParallel a smaller bucket_cap_mb", bucket.index() + 1)  # fmt: skip
         return one.future
 
     def _is_elastic(self):
@@ -196,6 +208,13 @@ class ElasticState(LateSteps, HookState):
             first = dist.get_global_rank(self._group, 0)
             for p in self._names:
                 dist.broadcast(p.detach(), first, group=self._group)
+
+
+def _remind(state):
+    if (alive := state()) is not None and alive._ledger.lates:
+        steps = {late.step for late in alive._ledger.lates}
+        _log.warning("thinwire: the program ends with gradients of %d step(s) not yet applied: call handle.finalize() "
+                     "on every rank after the last step", len(steps))  # fmt: skip
 
 
 def _gather_objects(thing, group):

@@ -203,8 +203,9 @@ def train(
         With ``independent`` and no memory the blocks are divided by their share, so that what is written is on
         average the step; with ``topk`` they are not. With error feedback they never are. density None is 1 / workers.
         memory None is ``none`` for density 1 and else BlockSparse's.
-    updates: end after so many updates of all workers together, dropped ones included; None is no limit.
-    seconds: end after so much time, from when all workers are ready; None is no limit.
+    updates: end after so many updates of all workers together, dropped ones included.
+    seconds: end after so much time, from when all workers are ready. None of either is no limit: without both, the
+        batches must come to an end.
     consistency_every: each worker measures the inconsistency in every such update of its; 0 is never.
     seed: of the random selection, and of each worker's torch, random and numpy generators, all different. One worker
         gives the same result in every run; several do not, since their order is the operating system's.

@@ -26,7 +26,10 @@ def check_optimizer(optimizer) -> None:
 
 
 class LateSteps:
-    """A mixin, before a Handle that has ``_names``, parameters' names by parameter, and ``_optimizer``."""
+    """A mixin, before a Handle that has ``_names``, parameters' names by parameter, and ``_optimizer``.
+
+    ``finalize``, ``drained``, ``state_dict`` and ``load_state_dict`` are to be called on every rank.
+    """
 
     _borrowed = False
     _module: torch.nn.Module | None = None

@@ -201,11 +201,12 @@ class Elastic(Method):
     to the gradient of a later step. No gradient is lost or applied twice. Buckets are DDP's: with few of them (see
     its ``bucket_cap_mb``) there is little to choose from. Use it with ``thinwire.attach(ddp, method,
     optimizer=optimizer)`` or ``thinwire.horovod.Compressor(named_parameters, method, optimizer=optimizer)``, and call
-    ``finalize()`` at the end.
+    ``finalize()`` at the end, and evaluate in ``drained()``; both on every rank.
 
     method: how a bucket is averaged: ``Dense()`` or a ``BlockSparse``.
     beta: the share of the gradient's norm, a sum over its parameters' L2 norms, that must have been averaged before a
         step is made, in [0, 1]. At 1 nothing is late, which is ``method`` itself, bit for bit; at 0 everything is.
+        Lower hides more of the network and delays more of the gradient: begin at 0.8.
     max_delay: by how many steps a late average may be late, at least 1.
     speculate: use the rank's own gradient in the place of a late average, and correct it when that is there (the
         paper's variance-bounded scheduler), instead of nothing (norm-bounded). Replicas then differ by what is not
