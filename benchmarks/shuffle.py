@@ -24,11 +24,12 @@ from demo import README, machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import rows_of
 from shuffle_rank import QUALITY, SPEED, TASKS
 from thinnet import ThinNet
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+SCRIPT, RESULTS = HERE / "shuffle_rank.py", HERE / "results"
 RANKS, SLOW_RANK = 8, 3
 RATES = (100, 1000)
 SEEDS = (0, 1, 2)
@@ -78,7 +79,7 @@ def measure_speed(rates, steps):
                 raise SystemExit(f"the network cannot be shaped here: {net.why}")
             if condition == "one link at a tenth":
                 net.shape(rank=SLOW_RANK, mbit=rate / 10)
-            for said in _run(net, ["speed", "--steps", steps, *options]):
+            for said in rows_of(net, SCRIPT, ["speed", "--steps", steps, *options]):
                 rows.append({"mbit": rate, "condition": condition} | said)
     return rows
 
@@ -88,23 +89,8 @@ def measure_quality():
     runs = [(task, seed, method) for task in TASKS for seed in SEEDS for method in QUALITY]
     with ThinNet(ranks=4, mbit=0) as net:
         for task, seed, method in track(runs, "runs"):
-            rows += _run(net, ["quality", "--task", task, "--seed", seed, "--method", method])
+            rows += rows_of(net, SCRIPT, ["quality", "--task", task, "--seed", seed, "--method", method])
     return rows
-
-
-def _run(net, options):
-    found = []
-
-    def take(rank, line, stream):
-        if rank == 0 and line.startswith("{"):
-            found.append(json.loads(line))
-        elif "Error" in line:
-            print(line, file=sys.stderr)
-
-    command = [sys.executable, str(HERE / "shuffle_rank.py"), *map(str, options)]
-    if net.run(command, on_line=take) != 0:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return found
 
 
 def speed_table(rows):

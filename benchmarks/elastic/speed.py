@@ -10,16 +10,16 @@ beta is trained once with AdamW, unshaped, at each learning rate of one grid, an
 curve at the number of steps that the step's time allows.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from record import RESULTS, load, origin, print_table, save, write_readme_block
 from rich.progress import track
+from rows import rows_of
 from speed_rank import BETAS, METHODS
 from thinnet import ThinNet
 
-HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).resolve().with_name("speed_rank.py")
 RANKS = 2
 RATES = (100, 200, 500, 1000)
 LRS = (1e-3, 3e-3)
@@ -53,27 +53,12 @@ def measure(rates, turns, seed):
         with ThinNet(ranks=RANKS, mbit=rate) as net:
             if not net.shaped:
                 raise SystemExit(f"the network cannot be shaped here: {net.why}")
-            rows += [{"mbit": rate} | said for said in _run(net, ["speed", "--turns", turns])]
+            rows += [{"mbit": rate} | said for said in rows_of(net, SCRIPT, ["speed", "--turns", turns])]
     with ThinNet(ranks=RANKS, mbit=0) as net:
         for beta, lr in track([(beta, lr) for beta in BETAS for lr in LRS], "losses"):
-            rows += _run(net, ["loss", "--method", f"beta {beta:g}", "--lr", lr, "--steps", STEPS, "--every", 5,
-                               "--seed", seed])  # fmt: skip
+            options = ["loss", "--method", f"beta {beta:g}", "--lr", lr, "--steps", STEPS, "--every", 5, "--seed", seed]
+            rows += rows_of(net, SCRIPT, options)
     return rows
-
-
-def _run(net, options):
-    found = []
-
-    def take(rank, line, stream):
-        if rank == 0 and line.startswith("{"):
-            found.append(json.loads(line))
-        elif "Error" in line:
-            print(line, file=sys.stderr)
-
-    command = [sys.executable, str(HERE / "speed_rank.py"), *map(str, options)]
-    if net.run(command, on_line=take) != 0:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return found
 
 
 def step_times(rows):
