@@ -875,6 +875,30 @@ def step_of(model, optimizer, batch, jitter=None):
     optimizer.step()
 
 
+@check()
+def density_follows_the_measured_inconsistency():
+    model = small()
+    auto = BlockSparse("nominated", density="auto", max_inconsistency=1.0, min_density=0.05, block_size=16,
+                       dense_below=20)  # fmt: skip
+    compressor = thinwire.horovod.Compressor(model.named_parameters(), auto, consistency_every=4)
+    optimizer = hvd.DistributedOptimizer(models.sgd(model, 0.02), named_parameters=model.named_parameters(),
+                                         compression=compressor)  # fmt: skip
+    batches = data()
+    for _ in range(42):
+        models.step(model, optimizer, next(batches))
+    log = list(compressor.consistency_log)
+    assert [one["step"] for one in log] == list(range(4, 41, 4))
+    assert all(theirs == log for theirs in hvd.allgather_object(log, name="logs"))
+    densities = [one["density"] for one in log]
+    assert densities[-1] < 0.7 and all(b <= 1.3 * a for a, b in zip(densities, densities[1:]))
+    assert 0 < max(one["residual"] for one in log) < 1.0
+    held = compressor._reducer.memory.waiting()
+    mean = hvd.allreduce(models.flat([held[name] for name, _ in model.named_parameters()]), name="mean residual")
+    found = compressor.consistency()
+    assert abs(found["inconsistency_max"] / mean.norm() - 1) < 0.1
+    assert found["gradient_norm"] > 0 and found["bound"] is None  # nominated has none
+
+
 @check(*(Elastic(m, 1.0) for m in (Dense(), FEEDBACK, method("independent", "none"))), ranks=(2,))
 def elastic_with_beta_one_is_the_method(method):
     """On two ranks: with more, Horovod's own sums depend on what it happened to fuse."""
