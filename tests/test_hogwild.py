@@ -347,8 +347,13 @@ def run_script(tmp_path, text, **env):
     script.write_text(text)
     path = os.pathsep.join([str(ROOT / "tests"), str(Path(hogwild.__file__).parent.parent)])
     return subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=os.environ | {"PYTHONPATH": path} | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=_heed_ctrl_c)  # fmt: skip
+
+
+def _heed_ctrl_c():
+    """Where the tests run in the background, Ctrl-C is ignored, and programs that they start would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 SCRIPT = """
