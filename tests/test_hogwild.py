@@ -342,13 +342,29 @@ def test_a_worker_that_does_not_come_back_is_killed(monkeypatch):
     assert time.monotonic() - begin < 15
 
 
+_scripts = []
+
+
+@pytest.fixture(autouse=True)
+def no_script_is_left():
+    yield
+    while _scripts:
+        process = _scripts.pop()
+        if process.poll() is None:  # a test has failed
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def run_script(tmp_path, text, **env):
     script = tmp_path / "script.py"
     script.write_text(text)
     path = os.pathsep.join([str(ROOT / "tests"), str(Path(hogwild.__file__).parent.parent)])
-    return subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=os.environ | {"PYTHONPATH": path} | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            preexec_fn=_heed_ctrl_c)  # fmt: skip
+    command = [sys.executable, str(script), str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path} | env,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=_heed_ctrl_c)  # fmt: skip
+    _scripts.append(process)
+    return process
 
 
 def _heed_ctrl_c():
