@@ -1,6 +1,6 @@
 """Does error feedback help asynchronous sparsified SGD? The experiment of elastic consistency's second version, anew.
 
-    python benchmarks/elastic/error_feedback.py             about five minutes on two idle cores
+    python benchmarks/elastic/error_feedback.py             about seven minutes on two cores
     python benchmarks/elastic/error_feedback.py readme      puts the table of the committed result into README.md
 
 A small CNN on scikit-learn's digits, trained by thinwire.hogwild: 1 to 8 workers on the cores that there are, all

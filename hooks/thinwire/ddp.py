@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.channel import Channel
 from thinwire.checks import check_model, check_momentum
 from thinwire.ddp_replicas import attach_replicas
-from thinwire.exchange import gather_now
+from thinwire.exchange import gather_now, gather_objects
 from thinwire.handle import Handle
 from thinwire.methods import DivideAndShuffle, Elastic, Method
 from thinwire.names import parameter_names
@@ -120,9 +120,7 @@ class HookState(Handle):
         return gather_now(values.to(device), self._group)
 
     def _gather_objects(self, thing):
-        everyone = [None] * self._group.size()
-        dist.all_gather_object(everyone, thing, group=self._group)
-        return everyone
+        return gather_objects(thing, self._group)
 
 
 def _copied(kind, method):

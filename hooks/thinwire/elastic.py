@@ -19,6 +19,7 @@ from thinwire.channel import Channel
 from thinwire.checks import check_model, check_momentum, check_owned
 from thinwire.courier import Courier
 from thinwire.ddp import HookState, hook
+from thinwire.exchange import gather_objects
 from thinwire.groups import backend_of, timeout_of
 from thinwire.late_steps import LateSteps, check_optimizer
 from thinwire.methods import Elastic
@@ -43,7 +44,7 @@ def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState"
         state = ElasticState(method, optimizer, **options)
         return method.describe()
 
-    agree.check_together(lambda thing: _gather_objects(thing, ddp.process_group), check)
+    agree.check_together(lambda thing: gather_objects(thing, ddp.process_group), check)
     state.bind(ddp)
     ddp.register_comm_hook(state, hook)
     return state
@@ -215,9 +216,3 @@ def _remind(state):
         steps = {late.step for late in alive._ledger.lates}
         _log.warning("thinwire: the program ends with gradients of %d step(s) not yet applied: call handle.finalize() "
                      "on every rank after the last step", len(steps))  # fmt: skip
-
-
-def _gather_objects(thing, group):
-    everyone = [None] * group.size()
-    dist.all_gather_object(everyone, thing, group=group)
-    return everyone

@@ -123,6 +123,13 @@ def gather_now(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return gathered
 
 
+def gather_objects(thing, group: dist.ProcessGroup) -> list:
+    """What every rank gives, in rank order, waited for; it is pickled."""
+    everyone = [None] * group.size()
+    dist.all_gather_object(everyone, thing, group=group)
+    return everyone
+
+
 def _sum_in_rank_order(arrived, dtype):
     total = torch.zeros(arrived.values.shape[1], dtype=dtype, device=arrived.values.device)
     for rank, values in enumerate(arrived.values.to(dtype)):
