@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import torch
-from record import RESULTS, load, origin, print_table, save, write_readme_block
 from relaxations import (
     LR,
     Digits,
@@ -32,6 +31,9 @@ from relaxations import (
 from rich.progress import track
 from thinwire import BlockSparse
 from thinwire import bounds as bound_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
+from record import RESULTS, load, origin, print_table, save, write_readme_block
 
 STEPS = 150
 STEPS_OF_MEMORY = 400  # a residual grows for about as many steps as there are blocks to a block sent

@@ -21,11 +21,13 @@ from pathlib import Path
 
 import thinwire.hogwild
 import torch
-from record import RESULTS, load, print_table, save, write_readme_block
-from record import origin as origin_of
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
+from record import RESULTS, load, print_table, save, write_readme_block
+from record import origin as origin_of
 
 NAME = "elastic_error_feedback"
 MARK = "elastic error feedback"

@@ -13,10 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from record import RESULTS, load, origin, print_table, save, write_readme_block
 from rich.progress import track
-from rows import rows_of
 from speed_rank import BETAS, METHODS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
+from record import RESULTS, load, origin, print_table, save, write_readme_block
+from rows import rows_of
 from thinnet import ThinNet
 
 SCRIPT = Path(__file__).resolve().with_name("speed_rank.py")

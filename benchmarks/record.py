@@ -1,19 +1,16 @@
-"""How measurements in this folder are kept and shown: a JSON file, a table in the terminal, a block in README.md."""
+"""How measurements are kept and shown: a JSON file, a table in the terminal, a block in README.md."""
 import datetime
 import json
 import platform
 import re
-import sys
 from pathlib import Path
 
 import thinwire
 import torch
-from rich.console import Console
-from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
 from demo import COMMITTED as RESULTS
 from demo import README, machine
+from rich.console import Console
+from rich.table import Table
 
 
 def save(name: str, command: str, rows: list[dict], out: Path = RESULTS, **about) -> dict:
