@@ -46,8 +46,7 @@ class Channel:
         def decode(future):
             future.value()  # raises if the collective failed; what it holds differs between backends
             arriving = time.perf_counter()
-            lost = None if flight.lost is None else (flight.owned[self._group.rank()], flight.lost)
-            self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), lost)
+            self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), flight.lost)
             stats.exchange_s += arriving - sending
             stats.decode_s += time.perf_counter() - arriving
             return flat

@@ -22,8 +22,8 @@ _LEAST_PIECE, _MOST_PIECES = 2**16, 8  # bytes to a rank in one of several all-t
 class InFlight:
     """A collective under way: its future, its messages [R, bytes] once that is done, and the bytes a rank sends.
 
-    numel: elements of the payload. owned: int64 [R, part], which positions of the payload each rank owns, or None.
-    lost: what this rank's part of the sum lost to the wire dtype, [part], or None.
+    numel: elements of the payload. dealt: how it was dealt to owners, or None. lost: what this rank's part of the sum
+    lost to the wire dtype, positions in the payload and values, each [part], or None.
     """
 
     future: torch.futures.Future
@@ -31,8 +31,8 @@ class InFlight:
     like: Payload
     bytes_sent: int
     numel: int
-    owned: torch.Tensor | None = None
-    lost: torch.Tensor | None = None
+    dealt: "Dealt | None" = None
+    lost: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class AllGather:
@@ -64,29 +64,81 @@ class OwnerExchange:
         self.group = group
 
     def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
-        n = self.group.size()
-        owned = _ownership(slots, n).to(payload.values.device)
-        padded = torch.cat([payload.values, payload.values.new_zeros(1)])
-        outgoing = torch.stack([wire.message(Payload(part, payload.scale)) for part in padded[owned]])
+        n, rank = self.group.size(), self.group.rank()
+        dealt = Dealt(slots, n)
+        outgoing = dealt.deal(payload.values)
+        if payload.scale is None:
+            outgoing = outgoing.view(torch.uint8)
+        else:
+            outgoing = torch.stack([wire.message(Payload(part, payload.scale)) for part in outgoing])
         incoming = _all_to_all(outgoing, self.group)
-        like = Payload(payload.values.new_empty(owned.shape[1]), payload.scale)
+        like = Payload(payload.values.new_empty(dealt.part), payload.scale)
         total = _sum_in_rank_order(wire.parse(incoming, like), wide)
         result = wire.pack(total)
         message = wire.message(result)
         messages = message.new_empty(n, message.numel())
         work = _all_gather_single(messages.view(-1), message, group=self.group, async_op=True)
         sent = (n - 1) * (outgoing.shape[1] + message.numel())
-        lost = None if wire.dtype == total.dtype else total - wire.unpack(result, total.dtype)
-        return InFlight(work.get_future(), messages, like, sent, slots.numel, owned, lost)
+        lost = None
+        if wire.dtype != total.dtype:
+            lost = dealt.positions(rank).to(total.device), total - wire.unpack(result, total.dtype)
+        return InFlight(work.get_future(), messages, like, sent, slots.numel, dealt, lost)
 
     def collect(self, flight: InFlight, wire: Wire) -> Arrived:
         parts = wire.parse(flight.messages, flight.like)
         values = parts.values
         if parts.inverses is not None:
             values = values.to(torch.float32) * parts.inverses[:, None]
-        payload = values.new_empty(flight.numel + 1)  # the last takes the padding
-        payload[flight.owned] = values
-        return Arrived(payload[None, : flight.numel])
+        return Arrived(flight.dealt.undo(values)[None])
+
+
+class Dealt:
+    """A payload dealt to n owners, rows of ``part`` elements: of every parameter the i-th n-th to rank i.
+
+    Per parameter, so that which rank keeps a rounding error does not depend on what else is in the bucket. By slices
+    and not by an index of every element, which takes longer than the sums.
+    """
+
+    def __init__(self, slots: Slots, n: int):
+        self.n = n
+        self.numel = slots.numel
+        self._cuts = []  # begin in the payload, elements, elements of an owner, begin in its row
+        self.part = 0
+        for begin, end in zip(slots.offsets, slots.offsets[1:]):
+            if end > begin:
+                share = -((begin - end) // n)
+                self._cuts.append((begin, end - begin, share, self.part))
+                self.part += share
+
+    def deal(self, values: torch.Tensor) -> torch.Tensor:
+        """values [numel] as [n, part]; zeros where a parameter has no more."""
+        rows = values.new_zeros(self.n, self.part)
+        for row, piece in self._pieces(rows, values):
+            row.copy_(piece)
+        return rows
+
+    def undo(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, part] as the values [numel] that deal() would make them of."""
+        values = rows.new_empty(self.numel)
+        for row, piece in self._pieces(rows, values):
+            piece.copy_(row)
+        return values
+
+    def positions(self, rank: int) -> torch.Tensor:
+        """int64 [part]: where in the payload a rank's elements are; beyond the last one where it has none."""
+        found = torch.full((self.part,), self.numel)
+        for begin, numel, share, at in self._cuts:
+            first, last = min(rank * share, numel), min((rank + 1) * share, numel)
+            found[at : at + last - first] = torch.arange(begin + first, begin + last)
+        return found
+
+    def _pieces(self, rows, values):
+        for begin, numel, share, at in self._cuts:
+            full = numel // share
+            end = begin + full * share
+            yield rows[:full, at : at + share], values[begin:end].view(full, share)
+            if end < begin + numel:
+                yield rows[full, at : at + begin + numel - end], values[end : begin + numel]
 
 
 def _all_to_all(outgoing: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -101,19 +153,6 @@ def _all_to_all(outgoing: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     for work in works:
         work.wait()
     return here[0] if pieces == 1 else torch.cat(here, dim=1)
-
-
-def _ownership(slots: Slots, n: int) -> torch.Tensor:
-    """int64 [n, part]: the positions in the payload that each rank owns; beyond the last one where there are fewer.
-
-    Per parameter, so that which rank keeps a rounding error does not depend on what else is in the bucket.
-    """
-    begin = torch.tensor(slots.offsets)
-    part = -((begin[:-1] - begin[1:]) // n)
-    row = torch.arange(len(part)).repeat_interleave(part)
-    within = torch.arange(len(row)) - (part.cumsum(0) - part)[row]
-    position = begin[row] + within + torch.arange(n)[:, None] * part[row]
-    return position.where(position < begin[row + 1], begin[-1])
 
 
 def gather_now(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
