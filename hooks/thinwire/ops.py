@@ -11,6 +11,7 @@ bit 2 (``NONFINITE``) that it has an inf or NaN, or is too large for a memory; t
 Data may be float32, float64, bfloat16 or float16; sums are in float32, or in float64 for float64.
 """
 
+import functools
 import importlib
 import json
 import logging
@@ -61,6 +62,11 @@ def native(device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None or _why_not is not None:
         return False
+    return _has_kernel(key)
+
+
+@functools.cache  # every operator asks, and the question takes as long as a small operator
+def _has_kernel(key):
     return torch._C._dispatch_has_kernel_for_dispatch_key("thinwire::accumulate_", key)
 
 

@@ -1,0 +1,98 @@
+"""Results, a line of JSON a run, appended as they come: an interrupted set goes on where it was.
+
+A row carries what it was measured with: machine, versions, commit, and ``code``, a digest of all that a step runs.
+Rows of another machine or code are kept and never shown in one table with these.
+"""
+import datetime
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import thinwire
+import torch
+from demo import machine
+
+from suite.methods import CONTESTANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_BY_RANKS = ("train_rank.py", "task.py", "thinnet.py", "suite/tasks.py", "suite/methods.py", "suite/worlds.py")
+# Of the package, what a step of DDP or Horovod does not run.
+ASIDE = {
+    "__init__", "advice", "advise", "bounds", "candidates", "cost", "estimate", "hogwild", "info", "link", "own",
+    "rehearsal", "trial",
+}  # fmt: skip
+
+
+def code() -> str:
+    """12 digits that change when anything changes that a measured step or its task runs."""
+    package = Path(thinwire.__file__).parent
+    files = [path for path in package.glob("*.py") if path.stem.split("_")[0] not in ASIDE]
+    files += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    files += [ROOT / "benchmarks" / name for name in RUN_BY_RANKS]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def about() -> dict:
+    """What is written into every row."""
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "code": code(), "commit": git.stdout.strip() or None, "machine": machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "thinwire": thinwire.__version__, "native": thinwire.ops.native("cpu")},
+    }  # fmt: skip
+
+
+class Ledger:
+    """The rows of one file that belong to this machine and code; ``others`` counts the rest."""
+
+    def __init__(self, path: Path, of: dict | None = None):
+        """of: a row whose machine and code count, instead of the ones here."""
+        self.path = path
+        self._about = about()
+        self.machine, self.code = (of or self._about)["machine"], (of or self._about)["code"]
+        lines = path.read_text().splitlines() if path.exists() else []
+        everything = [json.loads(line) for line in lines if line.endswith("}")]  # an interrupted line is not one
+        self.rows = [row for row in everything if (row["machine"], row["code"]) == (self.machine, self.code)]
+        self.others = len(everything) - len(self.rows)
+
+    @classmethod
+    def of_newest(cls, path: Path) -> "Ledger":
+        """To show: the rows measured with what the file's last row was. Raises SystemExit where there is none."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        if not lines:
+            raise SystemExit(f"{path}: nothing measured yet")
+        return cls(path, json.loads(lines[-1]))
+
+    def add(self, key: dict, result: dict) -> dict:
+        contestant = CONTESTANTS[key["method"]]
+        row = {k: v for k, v in key.items() if v is not None} | {
+            "label": contestant.label, "family": contestant.family, **result, **self._about,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def find(self, **key) -> list[dict]:
+        """Rows with these values, the newest last."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in key.items())]
+
+    def has(self, run) -> bool:
+        """Whether all of a run is there: of methods in turns, all or none counts."""
+        return all(self.find(**{k: v for k, v in run.key(m).items() if v is not None}) for m in run.methods)
+
+
+def final_loss(row: dict) -> float:
+    """The mean of the last two evaluations; infinite where training failed or did not get so far."""
+    curve = row.get("curve", [])
+    if row["status"] != "done" or len(curve) < 3 or curve[-1][0] < row["steps"]:
+        return float("inf")
+    return statistics.mean(point[2] for point in curve[-2:])

@@ -1,0 +1,199 @@
+"""One rank of train.py: trains a list of runs one after the other, or times steps of several methods in turns.
+
+Rank 0 reports in lines of JSON: {"begin": i} before the i-th run and {"end": i, ...} with what came of it.
+"""
+import argparse
+import contextlib
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+from suite.methods import CONTESTANTS, DDP
+from suite.tasks import TASKS
+from suite.worlds import Gloo, Horovod
+from thinnet import interface_bytes
+from torch.nn.parallel import DistributedDataParallel
+
+STARTING = 180  # seconds that a busy machine may take until the first step
+UNTYPICAL = 5  # first steps of a run, in which DDP rebuilds its buckets and some methods still send all
+TURN = 6  # steps of one method before the next has its turn; the first of them is not counted
+SECONDS = ("encode_s", "exchange_s", "decode_s")
+
+
+class Trainee:
+    """A model, its data and its optimizer under one method, with what its steps took and sent."""
+
+    def __init__(self, method: str, task: str, options: dict, seed: int, rank: int, n: int):
+        self.contestant, task = CONTESTANTS[method], TASKS[task]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the replicas are equal without a broadcast
+            self.model = task.model()
+        self.data = task.data(rank, n, seed)
+        self.optimizer = getattr(torch.optim, task.optimizer)(self.model.parameters(), **task.options | options)
+        self.handle = None
+        if self.contestant.door == DDP:
+            cap = self.contestant.bucket_cap_mb
+            self.called = DistributedDataParallel(self.model, init_sync=False, bucket_cap_mb=cap)
+            self.handle = self.contestant.attach(self.called, self.optimizer)
+        else:
+            import horovod.torch as hvd
+
+            compression = self.contestant.compression(list(self.model.named_parameters()))
+            self.handle = compression if hasattr(compression, "stats") else None
+            self.called = self.model
+            self.optimizer = hvd.DistributedOptimizer(
+                self.optimizer, named_parameters=self.model.named_parameters(), compression=compression
+            )
+        self.seconds, self.sent, self.received = [], [], []
+        self._before = self._stats()
+
+    def step(self) -> None:
+        before, begin = interface_bytes(), time.perf_counter()
+        self.optimizer.zero_grad()
+        self.called(self.data.batch()).backward()
+        self.optimizer.step()
+        self.seconds.append(time.perf_counter() - begin)
+        if before:
+            after = interface_bytes()
+            self.sent.append(after.tx - before.tx)
+            self.received.append(after.rx - before.rx)
+
+    def forget(self) -> None:
+        """Count from here."""
+        self.seconds, self.sent, self.received = [], [], []
+        self._before = self._stats()
+
+    def settle(self) -> None:
+        """All that is under way lands: it is not the next method's to carry."""
+        with self._whole():
+            pass
+
+    def held_out_loss(self, world) -> float:
+        """Of the mean of the replicas where they differ, and with nothing late; a collective."""
+        with self._whole():
+            return float(world.sum(self.data.held_out_part(self.model)))
+
+    def result(self, world) -> dict:
+        """Of the steps counted: means over the ranks. Medians and quartiles over the steps; times in ms."""
+        everyone = world.gather((self.seconds, self.sent, self.received))
+        seconds, sent, received = ([statistics.mean(step) for step in zip(*column)] for column in zip(*everyone))
+        low, median, high = statistics.quantiles(seconds, n=4)
+        found = {
+            "step_ms": {"median": 1e3 * median, "q1": 1e3 * low, "q3": 1e3 * high}, "counted_steps": len(seconds),
+            "sent_bytes": statistics.mean(sent) if sent else None,
+            "received_bytes": statistics.mean(received) if received else None,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }  # fmt: skip
+        if self.handle is not None:
+            now = self._stats()
+            for name in SECONDS:
+                if name in now:
+                    found[name.replace("_s", "_ms")] = 1e3 * (now[name] - self._before[name]) / len(seconds)
+        return found
+
+    def _stats(self):
+        return dict(self.handle.stats()) if self.handle is not None else {}
+
+    def _whole(self):
+        for name in ("averaged_model", "drained"):
+            if hasattr(self.handle, name):
+                return getattr(self.handle, name)()
+        return contextlib.nullcontext()
+
+
+class Watch:
+    """Ends this rank with a traceback where nothing has happened for so many seconds."""
+
+    def __init__(self, patience: float):
+        self.patience = patience
+        self._fed = 0.0
+        self.feed(STARTING)
+
+    def feed(self, more: float = 0.0) -> None:
+        if more or time.monotonic() - self._fed > 1:
+            self._fed = time.monotonic()
+            faulthandler.dump_traceback_later(self.patience + more, exit=True)
+
+
+def train(run, world, watch):
+    task = TASKS[run["task"]]
+    trainee = Trainee(run["method"], run["task"], run["options"], run["seed"], world.rank, world.n)
+    curve = [(0, 0.0, trainee.held_out_loss(world))]
+    world.barrier()
+    for step in range(1, run["steps"] + 1):
+        trainee.step()
+        watch.feed()
+        if step % task.every == 0 or step == run["steps"]:
+            loss = trainee.held_out_loss(world)
+            curve.append((step, round(sum(trainee.seconds), 4), round(loss, 5)))
+            if not loss < 1e4:  # also NaN: the same on all ranks
+                break
+    for figures in (trainee.seconds, trainee.sent, trainee.received):
+        del figures[: min(UNTYPICAL, len(figures) // 2)]
+    return trainee.result(world) | {"curve": curve}
+
+
+def speed(run, world, watch):
+    """A line for each method of the run, their steps interleaved."""
+    trainees = {}
+    for method in run["methods"]:
+        options = {"lr": 1e-4}
+        trainees[method] = Trainee(method, run["task"], options, run["seed"], world.rank, world.n)
+        for _ in range(4):  # rebuilt buckets, dense first steps
+            trainees[method].step()
+            watch.feed()
+        trainees[method].forget()
+    counted = {method: ([], [], []) for method in trainees}
+    for _ in range(run["turns"]):
+        for method, trainee in trainees.items():
+            world.barrier()
+            for _ in range(TURN):
+                trainee.step()
+                watch.feed()
+            trainee.settle()
+            world.barrier()
+            for figures, kept in zip((trainee.seconds, trainee.sent, trainee.received), counted[method]):
+                kept += figures[1:]
+                figures.clear()
+    for method, trainee in trainees.items():
+        steps = TURN * run["turns"]
+        trainee.seconds, trainee.sent, trainee.received = counted[method]
+        found = trainee.result(world)
+        for name in SECONDS:  # the stats have the first steps of the turns too
+            if name.replace("_s", "_ms") in found:
+                found[name.replace("_s", "_ms")] *= len(trainee.seconds) / steps
+        if world.rank == 0:
+            print(json.dumps({"method": method} | found), flush=True)
+    return {}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", help="a file: a JSON list of runs, as suite/plan.py describes them")
+    parser.add_argument("--patience", type=float, default=60, help="seconds without a step that make a hang")
+    args = parser.parse_args()
+    with open(args.runs) as file:
+        runs = json.load(file)
+    torch.set_num_threads(1)
+    watch = Watch(args.patience)
+    world = (Gloo if runs[0]["door"] == DDP else Horovod)(2 * (args.patience + STARTING))
+    for i, run in enumerate(runs):
+        watch.feed(STARTING)
+        if world.rank == 0:
+            print(json.dumps({"begin": i}), flush=True)
+        found = {"train": train, "speed": speed}[run["kind"]](run, world, watch)
+        if world.rank == 0:
+            print(json.dumps({"end": i} | found), flush=True)
+        world.barrier()
+    # Not the destructors: see task.leave.
+    world.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
