@@ -1,56 +1,85 @@
-"""Turns the record of ``make bench`` into a table of ratios against their targets.
+"""Turns the record of ``make bench`` into tables: ratios against their targets, and every operator's speed.
 
-    make bench                                                    runs the benchmarks and prints the table
-    python benchmarks/bench_table.py results/bench_raw.json --readme     keeps it in benchmarks/results and README.md
+    make bench                                                    runs the benchmarks and prints the tables
+    python benchmarks/bench_table.py results/bench_raw.json --readme     keeps them in benchmarks/results and README.md
+
+Several records become one, as when a GPU's were made elsewhere; of equal names the last counts.
 """
 import argparse
 import json
-import re
+import platform
 from pathlib import Path
 
+import record
+import thinwire
 import torch
-from demo import README, machine
-from rich.console import Console
-from rich.table import Table
+from demo import machine
 
-KEPT = Path(__file__).resolve().parent / "results" / "bench.json"
-HEADS = ("what", "ours", "against", "ratio", "target")
+KEPT = record.RESULTS / "bench.json"
+TARGETS = ("what", "ours", "against", "ratio", "target")
+OPERATORS = ("operator", "on", "gradient", "GB/s", "of a copy's", "times the reference's", "times PyTorch's own")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path, help="what pytest --benchmark-json wrote")
-    parser.add_argument("--readme", action="store_true", help="keep the figures and put the table into README.md")
+    parser.add_argument("raw", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
+    parser.add_argument("--readme", action="store_true", help="keep the figures and put the tables into README.md")
     args = parser.parse_args()
-    raw = json.loads(args.raw.read_text())
-    record = {
-        "command": "make bench", "date": raw["datetime"][:10], "machine": machine(), "torch": torch.__version__,
-        "figures": {one["name"]: one["extra_info"] for one in raw["benchmarks"]},
+    raws = [json.loads(path.read_text()) for path in args.raw]
+    kept = {
+        "command": "make bench", "date": raws[0]["datetime"][:10], "machine": machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "thinwire": thinwire.__version__},
+        "figures": {one["name"]: one["extra_info"] | {"date": raw["datetime"][:10]}
+                    for raw in raws for one in raw["benchmarks"]},
     }  # fmt: skip
-    cells = rows(record)
-    table = Table(*HEADS)
-    for row in cells:
-        table.add_row(*row)
-    Console(width=130).print(table)
+    targets, operators = target_rows(kept), operator_rows(kept)
+    record.print_table(TARGETS, targets)
+    record.print_table(OPERATORS, operators)
     if args.readme:
-        KEPT.write_text(json.dumps(record, indent=1) + "\n")
-        lines = ["| " + " | ".join(HEADS) + " |", "|---|---:|---|---:|---:|"]
-        lines += ["| " + " | ".join(row) + " |" for row in cells]
-        lines += ["", f"`{record['command']}`, {record['date']}, {record['machine']['cores']} cores "
-                  f"({record['machine']['cpu']}), PyTorch {record['torch']}."]  # fmt: skip
-        block = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
-        README.write_text(block.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], README.read_text()))
+        keep(kept)
+        record.write_readme_block("bench", TARGETS, targets, record.origin(kept))
+        record.write_readme_block("operators", OPERATORS, operators, operators_origin(kept))
 
 
-def rows(record):
+def target_rows(kept):
     found = []
-    for figures in record["figures"].values():
-        for one in figures["comparisons"]:
+    for figures in kept["figures"].values():
+        for one in figures.get("comparisons", ()):
             missed = "" if one["ratio"] <= one["target"] else ", missed"
             found.append((one["what"], _amount(one["ours"], one["unit"]), f"{one['against']}, "
                           f"{_amount(one['theirs'], one['unit'])}", f"{one['ratio']:.2f}",
                           f"{one['target']:g}{missed}"))  # fmt: skip
     return found
+
+
+def operator_rows(kept):
+    """The last three columns are speeds too: the operator's, divided by another's."""
+    found = [figures["operator"] for figures in kept["figures"].values() if "operator" in figures]
+    return [(one["name"], one["device"], _size(one["megabytes"]), f"{one['gb_per_second']:.3g}",
+             f"{one['of_copy']:.2f}", f"{one['over_reference']:.3g}",
+             f"{one['over_torch']:.3g}, {one['torch_operator']}") for one in found]  # fmt: skip
+
+
+def operators_origin(kept):
+    """The line under the operators' table: every device that was measured, with what and when."""
+    devices = set()
+    for figures in kept["figures"].values():
+        if one := figures.get("operator"):
+            name = f"{kept['machine']['cpu']}, {one['on']}" if one["device"] == "cpu" else one["on"]
+            devices.add(f"{one['device']}: {name}, PyTorch {one['torch']}, {figures['date']}")
+    return f"`{kept['command']}`; {'; '.join(sorted(devices))}."
+
+
+def keep(kept):
+    """One line a figure."""
+    lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in kept["figures"].items())
+    about = json.dumps({key: value for key, value in kept.items() if key != "figures"})
+    KEPT.write_text(f'{about[:-1]},\n "figures": {{\n  {lines}\n}}}}\n')
+
+
+def _size(megabytes):
+    return f"{megabytes} MB" if megabytes < 1000 else f"{megabytes // 1000} GB"
 
 
 def _amount(value, unit):

@@ -1,12 +1,14 @@
 """The operators' speed against that of plain PyTorch operators, measured side by side in one run.
 
-Each pair is timed in turns and the fastest of many turns counts, because that is what other work on the machine
-disturbs least. The ratio and its target are printed and stored; a miss is a number to look at and fails nothing.
-"""
-import time
+Contestants are timed in turns and the fastest of many turns counts, because that is what other work on the machine
+disturbs least. Ratios and their targets are printed and stored; a miss is a number to look at and fails nothing.
 
+    python -m pytest benchmarks/test_ops_speed.py --benchmark-only -s
+    python -m pytest benchmarks/test_ops_speed.py --benchmark-only -s -k cuda      every operator on a GPU
+"""
 import pytest
 import torch
+from ops_timing import MEGABYTES, OPERATORS, Problem, contestants, device_name, fastest_of_each, why_not
 from thinwire import ops
 from thinwire.blocks import Layout
 
@@ -14,18 +16,40 @@ NUMEL = 6_500_000
 pytestmark = pytest.mark.skipif(not ops.native("cpu"), reason=f"no compiled operators: {ops.why_not_native()}")
 
 
-def fastest_of_each(functions, seconds=3.0):
-    """Seconds that each function takes, the functions called in turns."""
-    best = [float("inf")] * len(functions)
-    end = time.perf_counter() + seconds
-    turns = 0
-    while turns < 5 or time.perf_counter() < end:
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[i] = min(best[i], time.perf_counter() - start)
-        turns += 1
-    return best
+def size_name(megabytes):
+    return f"{megabytes}MB" if megabytes < 1000 else f"{megabytes // 1000}GB"
+
+
+EVERY_SIZE = [pytest.param(device, megabytes, id=f"{device}-{size_name(megabytes)}")
+              for device, sizes in MEGABYTES.items() for megabytes in sizes]  # fmt: skip
+
+
+@pytest.mark.parametrize("device, megabytes", EVERY_SIZE)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator(benchmark, name, device, megabytes):
+    if reason := why_not(device, megabytes):
+        pytest.skip(reason)
+    contest, functions = contestants(name, Problem(megabytes, device))
+
+    def ours_to_its_end():
+        functions["ours"]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(ours_to_its_end, rounds=5)
+    *quick, reference = functions.values()
+    turns = min(50, max(2, 100 // megabytes))  # of the reference, which takes 1 s to 2 s at 256 MB on a CPU
+    seconds = dict(zip(functions, fastest_of_each(quick, [reference], turns, 0.8, device)))
+    ours = seconds["ours"]
+    found = {
+        "name": name, "device": device, "on": device_name(device), "torch": torch.__version__,
+        "megabytes": megabytes, "bytes": contest.bytes, "torch_operator": contest.torch_name, "seconds": seconds,
+        "gb_per_second": contest.bytes / ours / 1e9, "of_copy": seconds["copy"] / ours,
+        "over_reference": seconds["reference"] / ours, "over_torch": seconds["torch"] / ours,
+    }  # fmt: skip
+    benchmark.extra_info["operator"] = found
+    print("\n{name}, {megabytes} MB {device}: {gb_per_second:.3g} GB/s, {of_copy:.2f} of a copy, {over_reference:.3g} "
+          "times the reference, {over_torch:.3g} times {torch_operator}".format(**found))  # fmt: skip
 
 
 def report(benchmark, what, against, seconds, target):

@@ -3,6 +3,7 @@
 A row carries what it was measured with: machine, versions, commit, and ``code``, a digest of all that a step runs.
 Rows of another machine or code are kept and never shown in one table with these.
 """
+import contextlib
 import datetime
 import hashlib
 import json
@@ -56,18 +57,17 @@ class Ledger:
         self.path = path
         self._about = about()
         self.machine, self.code = (of or self._about)["machine"], (of or self._about)["code"]
-        lines = path.read_text().splitlines() if path.exists() else []
-        everything = [json.loads(line) for line in lines if line.endswith("}")]  # an interrupted line is not one
+        everything = _rows(path)
         self.rows = [row for row in everything if (row["machine"], row["code"]) == (self.machine, self.code)]
         self.others = len(everything) - len(self.rows)
 
     @classmethod
     def of_newest(cls, path: Path) -> "Ledger":
         """To show: the rows measured with what the file's last row was. Raises SystemExit where there is none."""
-        lines = path.read_text().splitlines() if path.exists() else []
-        if not lines:
+        rows = _rows(path)
+        if not rows:
             raise SystemExit(f"{path}: nothing measured yet")
-        return cls(path, json.loads(lines[-1]))
+        return cls(path, rows[-1])
 
     def add(self, key: dict, result: dict) -> dict:
         contestant = CONTESTANTS[key["method"]]
@@ -78,7 +78,7 @@ class Ledger:
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * _is_cut_off(self.path) + json.dumps(row) + "\n")
         return row
 
     def find(self, **key) -> list[dict]:
@@ -96,3 +96,16 @@ def final_loss(row: dict) -> float:
     if row["status"] != "done" or len(curve) < 3 or curve[-1][0] < row["steps"]:
         return float("inf")
     return statistics.mean(point[2] for point in curve[-2:])
+
+
+def _rows(path):
+    """What an interruption cut off is not a row."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def _is_cut_off(path):
+    return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
