@@ -1,11 +1,11 @@
-# make demo | test | bench | horovod | lint      each sets up what it needs in .venv
+# make demo | test | bench | bench-full | horovod | lint      each sets up what it needs in .venv
 PYTHON  ?= python3
 VENV    := .venv
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check -q
 HOROVOD := 0.28.1
 
-.PHONY: demo test bench horovod lint clean
+.PHONY: demo test bench bench-full horovod lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.thinwire $(VENV)/.iproute2
@@ -18,6 +18,11 @@ bench: $(VENV)/.thinwire $(VENV)/.iproute2
 	mkdir -p results
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json results/bench_raw.json
 	$(PY) benchmarks/bench_table.py results/bench_raw.json
+	$(PY) benchmarks/train.py --quick
+
+# A night. It goes on where it was interrupted.
+bench-full: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
+	$(PY) benchmarks/train.py --full
 
 horovod: $(VENV)/.horovod
 
@@ -31,7 +36,7 @@ $(VENV)/.deps: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt "setuptools<81" wheel packaging ninja
 	$(PIP) install -c constraints.txt torch numpy pytest pytest-benchmark pytest-timeout \
-	    hypothesis expecttest rich matplotlib scikit-learn ruff
+	    hypothesis expecttest rich matplotlib scikit-learn transformers ruff
 	touch $@
 
 # --no-build-isolation: an isolated build would download torch a second time.

@@ -115,8 +115,8 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "expecttest", "scikit-learn"],
-        "bench": ["pytest", "pytest-benchmark", "rich", "matplotlib"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "expecttest", "scikit-learn", "rich", "matplotlib"],
+        "bench": ["pytest", "pytest-benchmark", "rich", "matplotlib", "scikit-learn", "transformers"],
     },
     **operators(),
 )

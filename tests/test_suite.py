@@ -33,6 +33,14 @@ def line(first, last, steps=100):
     return [[step, step / 10, first + (last - first) * step / steps] for step in range(0, steps + 1, 10)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(tmp_path / "train.jsonl")
@@ -72,16 +80,15 @@ def test_what_another_machine_or_code_measured_is_kept_and_not_counted(ledger, m
     assert shown.code == "another" and len(shown.rows) == 1 and shown.others == 1
 
 
-def test_the_code_is_what_steps_run(monkeypatch, tmp_path):
-    before = ledgers.code()
-    assert before == ledgers.code() and len(before) == 12
-    for name in ("ops.py", "info.py"):
-        original = (ledgers.Path(ledgers.thinwire.__file__).parent / name).read_bytes()
-        read = ledgers.Path.read_bytes
-        monkeypatch.setattr(ledgers.Path, "read_bytes",
-                            lambda self, n=name, o=original: o + b"#" if self.name == n else read(self))  # fmt: skip
-        assert (ledgers.code() == before) == (name == "info.py")
-        monkeypatch.undo()
+@pytest.mark.parametrize("name, more, same", [
+    ("ops.py", b"x = 1", False), ("ops.py", b"# only a comment", True), ("info.py", b"x = 1", True),
+    ("select.cpp", b"int x;", False), ("train_rank.py", b"x = 1", False), ("report.py", b"x = 1", True),
+])  # fmt: skip
+def test_the_code_is_what_steps_run(monkeypatch, name, more, same):
+    before, read = ledgers.code(), ledgers.Path.read_bytes
+    changed = lambda path: read(path) + (b"\n" + more + b"\n" if path.name == name else b"")
+    monkeypatch.setattr(ledgers.Path, "read_bytes", changed)
+    assert (ledgers.code() == before) == same and len(before) == 12
 
 
 def test_a_line_cut_off_by_an_interruption_is_not_a_result(ledger):
@@ -295,7 +302,22 @@ def test_the_bf16_hook_averages(ranks):
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(everyone[0], other))
 
 
-def test_half_of_a_data_set_is_nobodys_twice():
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_learns(name):
+    task = TASKS[name]
+    data = task.data(0, 1, 0)
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = getattr(torch.optim, task.optimizer)(model.parameters(), **task.options | task.grid[1])
+    before = float(data.held_out_part(model))
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(data.batch()).backward()
+        optimizer.step()
+    assert float(data.held_out_part(model)) < 0.95 * before
+
+
+def test_every_example_is_one_ranks():
     parts = [TASKS["digits"].data(rank, 3, 0) for rank in range(3)]
     rows = torch.cat([torch.cat([part._examples, part._part[0]]) for part in parts]).flatten(1)
     assert len(rows) == 1797

@@ -3,6 +3,7 @@
 A row carries what it was measured with: machine, versions, commit, and ``code``, a digest of all that a step runs.
 Rows of another machine or code are kept and never shown in one table with these.
 """
+import ast
 import contextlib
 import datetime
 import hashlib
@@ -28,15 +29,25 @@ ASIDE = {
 
 
 def code() -> str:
-    """12 digits that change when anything changes that a measured step or its task runs."""
+    """12 digits that change when anything changes that a measured step or its task runs, but for words."""
     package = Path(thinwire.__file__).parent
     files = [path for path in package.glob("*.py") if path.stem.split("_")[0] not in ASIDE]
-    files += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    files += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
     files += [ROOT / "benchmarks" / name for name in RUN_BY_RANKS]
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        text = path.read_bytes()
+        digest.update(path.name.encode() + b"\0" + (_without_words(text) if path.suffix == ".py" else text) + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _without_words(source):
+    """A module's syntax tree without docstrings; comments are not in it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def about() -> dict:
