@@ -1,4 +1,5 @@
 """One real task, small enough for two cores: a byte-level transformer on the text of Python's standard library."""
+import functools
 import os
 import random
 import sys
@@ -52,6 +53,7 @@ class ByteTransformer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+@functools.cache
 def standard_library(seed: int = 0, held_out: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     """Text to train on and text held out, each uint8 [bytes]. Whole files are held out, so that none is in both."""
     root = Path(sysconfig.get_path("stdlib"))

@@ -1,19 +1,21 @@
 """Time to quality: trains real tasks over thin links under every method, and says which gets there first.
 
     python benchmarks/train.py --quick               a part of it, under 10 minutes
-    python benchmarks/train.py --full                everything: a night; goes on where it was interrupted
+    python benchmarks/train.py --full                everything, most of a day; goes on where it was interrupted
     python benchmarks/train.py --full --tasks digits --methods dense nominated-4
     python benchmarks/train.py --report              tables and pictures of what is there
     python benchmarks/train.py --list                tasks and methods
 
 Two things are measured and put together. How good a model is after so many steps depends on the method and the seed,
 not on the network: those runs are not shaped, and have --full's three seeds. How long a step takes is measured over
-shaped links, methods in turns, medians and quartiles. Time to quality is the one times the other; a few runs are made
-directly over shaped links to check that. Every method has the optimizer that was best for it in its task's grid, the
-same grid for all (suite/tasks.py); --quick takes the ones found before.
+shaped links, methods in turns. Time to quality is the one times the other; a few runs are made directly over shaped
+links to check that. Every method has the optimizer that was best for it in its task's grid, the same grid for all
+(suite/tasks.py), on a seed that is not shown; --quick takes the ones found before.
+
+epfml's own PowerSGD is not among the methods: the package index has powersgd 0.0.2, and no code is in it.
 
 Results are appended to train.jsonl, a line a run, with the machine, the versions and the code they were made with;
-results of another machine or code are never put into one table with them.
+results of other ones are never put into one table with them. Have nothing else run on the machine.
 """
 import argparse
 import collections
@@ -22,11 +24,12 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from demo import _paths
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from suite import plan
 from suite.ledger import Ledger, final_loss
 from suite.methods import CONTESTANTS, DDP, HOROVOD
@@ -50,17 +53,18 @@ def main() -> int:
     if args.quick or args.full:
         ledger = Ledger(path)
         if ledger.others:
-            console.print(f"{ledger.others} rows of {path} are of another machine or code: kept, and not counted")
+            console.print(f"{ledger.others} rows of {path} are of another machine, other versions or other code: kept, "
+                          "and not counted")  # fmt: skip
         with _progress(console) as progress:
-            runner = Runner(ledger, progress, args.patience)
+            runner = Runner(ledger, progress, args.patience, args.retry_failed)
             if args.full:
                 if not args.no_tuning:
                     runner.run("tuning", plan.tuning(args.tasks, args.methods))
-                best = Best(ledger)
-                best.save()
+                best = Best(ledger, OPTIONS, args.out / OPTIONS.name)
+                best.save(args.out / OPTIONS.name)
                 runner.run("full set", plan.everything(args.tasks, args.methods, best))
             else:
-                runner.run("quick set", plan.quick(args.methods, Best(ledger)))
+                runner.run("quick set", plan.quick(args.methods, Best(ledger, OPTIONS)))
     from suite import report
 
     report.show(Ledger.of_newest(path), args.out, readme=args.readme)
@@ -68,40 +72,48 @@ def main() -> int:
 
 
 class Best:
-    """Called with task and method: the options of the optimizer that did best in the grid, as JSON.
+    """Called with task and method: the options of the optimizer, as JSON, and the method that they were found for.
 
-    Of this ledger's runs of the grid; else as committed; else as plain DDP's; else the grid's first.
+    Those that did best in this ledger's runs of the whole grid; else those found before; else plain DDP's; else the
+    grid's first, found for none.
     """
 
-    def __init__(self, ledger: Ledger):
-        self._found = json.loads(OPTIONS.read_text()) if OPTIONS.exists() else {}
-        for row in ledger.find(kind="train", purpose="tune"):
-            self._found.setdefault(row["task"], {})
+    def __init__(self, ledger: Ledger, *before: Path):
+        self._found = {}
+        for path in before:
+            for task, found in (json.loads(path.read_text()) if path.exists() else {}).items():
+                self._found.setdefault(task, {}).update(found)
         for task, method in itertools.product(TASKS, CONTESTANTS):
-            rows = ledger.find(kind="train", purpose="tune", task=task, method=method)
-            if rows and min(map(final_loss, rows)) < float("inf"):
-                self._found[task][method] = json.loads(min(rows, key=final_loss)["options"])
+            tried = {row["options"]: row for row in ledger.find(kind="train", purpose="tune", task=task, method=method)}
+            wanted = {run.options for run in plan.tuning([task], [method])}
+            if wanted and wanted <= set(tried) and min(map(final_loss, tried.values())) < float("inf"):
+                best = min((tried[options] for options in wanted), key=final_loss)
+                self._found.setdefault(task, {})[method] = json.loads(best["options"])
 
-    def __call__(self, task: str, method: str) -> str:
+    def __call__(self, task: str, method: str) -> tuple[str, str]:
         found = self._found.get(task, {})
-        return json.dumps(found.get(method) or found.get("dense") or TASKS[task].grid[0])
+        for of in (method, "dense"):
+            if of in found:
+                return json.dumps(found[of]), of
+        return json.dumps(TASKS[task].grid[0]), "none"
 
-    def save(self) -> None:
+    def save(self, path: Path) -> None:
         lines = [f'"{task}": {{\n  ' + ",\n  ".join(f'"{m}": {json.dumps(o)}' for m, o in found.items()) + "\n}"
                  for task, found in self._found.items()]  # fmt: skip
-        OPTIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 class Runner:
     """Does the runs that are not yet in the ledger, those of one network and one front door in one start."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, patience: float):
-        self.ledger, self.progress, self.patience = ledger, progress, patience
+    def __init__(self, ledger: Ledger, progress: Progress, patience: float, retry: bool = False):
+        self.ledger, self.progress, self.patience, self.retry = ledger, progress, patience, retry
         self._tries = collections.Counter()
 
     def run(self, what: str, runs) -> None:
-        waiting = [run for run in runs if not self.ledger.has(run)]
-        bar = self.progress.add_task(what, total=len(waiting))
+        waiting = [run for run in runs if not self.ledger.has(run, failed_too=not self.retry)]
+        bar = self.progress.add_task(what, total=sum(run.weight for run in waiting))
         for (ranks, mbit), same in itertools.groupby(waiting, key=lambda run: (run.ranks, run.mbit)):
             same = list(same)
             with ThinNet(ranks, mbit) as net:
@@ -109,54 +121,89 @@ class Runner:
                     raise SystemExit(f"links cannot be shaped here: {net.why}")
                 for door in (DDP, HOROVOD):
                     behind = [run for run in same if run.for_rank()["door"] == door]
-                    for batch in (behind[i : i + MOST_AT_ONCE] for i in range(0, len(behind), MOST_AT_ONCE)):
-                        while batch:
-                            done = self._start(net, batch, bar)
-                            batch = batch[done:]
+                    while behind:
+                        behind = self._start(net, behind[:MOST_AT_ONCE], bar) + behind[MOST_AT_ONCE:]
 
-    def _start(self, net, runs, bar) -> int:
-        """Start the ranks once, for some runs; how many of them are in the ledger now."""
-        state = {"begun": 0, "ended": 0, "rows": []}
-        complaints = []
+    def _start(self, net, runs, bar) -> list[plan.Run]:
+        """Start the ranks once, for some runs; those of them that are still to be done."""
+        said = Said(runs)
+        busy = _busy() if any(run.timed for run in runs) else None
+        before, kept = self.ledger.is_current(), 0
 
         def on_line(rank, line, stream):
-            said = _parsed(line) if rank == 0 and stream == "stdout" else None
-            if said is None:
-                complaints.append(f"[{rank}] {line}")
-            elif "begin" in said:
-                state["begun"] = said["begin"]
-                run = runs[said["begin"]]
-                self.progress.update(bar, description=_described(run))
-            elif "end" in said:
-                run = runs[said.pop("end")]
-                rows = state["rows"] or [said | {"method": run.methods[0]}]
-                for row in rows:
-                    method = row.pop("method")
-                    self.ledger.add(run.key(method), {"status": "done"} | row)
-                state["rows"] = []
-                state["ended"] += 1
-                self.progress.advance(bar)
-            else:
-                state["rows"].append(said)
+            nonlocal kept
+            said.take(rank, line, stream)
+            self.progress.update(bar, description=_described(runs[said.at]))
+            if said.ended > kept:
+                if not (before and self.ledger.is_current()):
+                    raise SystemExit("what the ranks run was changed while they ran it: nothing of that is kept")
+                for key, result in said.rows:
+                    self.ledger.add(key, {"status": "done", "busy_before": busy} | result)
+                self.progress.advance(bar, runs[kept].weight)
+                kept = said.ended
 
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump([run.for_rank() for run in runs], file)
             file.flush()
             command = [sys.executable, str(HERE / "train_rank.py"), file.name, "--patience", str(self.patience)]
             status = net.run(command, env=_paths(), on_line=on_line)
-        if status == 0 and state["ended"] == len(runs):
-            return len(runs)
-        broken = runs[min(state["ended"], len(runs) - 1)]
-        what = "hung" if any("Timeout (" in line for line in complaints) else "failed"  # faulthandler's word for it
-        self.progress.console.print(f"{_described(broken)}: {what}", *complaints[-5:], sep="\n", highlight=False)
+        if status == 0 and kept == len(runs):
+            return []
+        return self._after_a_failure(runs[kept:], said, bar)
+
+    def _after_a_failure(self, runs, said, bar):
+        """A run has another try. Then it is written down as failed, of methods in turns the one whose turn it was."""
+        broken = runs[0]
+        what = "hung" if any("Timeout (" in line for line in said.complaints) else "failed"  # faulthandler's word
+        self.progress.console.print(
+            f"{_described(broken)}: {what}", *said.complaints[-5:], sep="\n", highlight=False, markup=False
+        )
         self._tries[broken] += 1
         if self._tries[broken] < TRIES:
-            return state["ended"]
-        # Written down, so that the set goes on without it.
-        for method in broken.methods:
-            self.ledger.add(broken.key(method), {"status": what, "complaints": complaints[-20:]})
-        self.progress.advance(bar)
-        return state["ended"] + 1
+            return runs
+        method = said.turn or broken.methods[0]
+        self.ledger.add(broken.key(method), {"status": what, "complaints": said.complaints[-20:]})
+        rest = broken.without(method)
+        self.progress.advance(bar, broken.weight - (rest.weight if rest else 0))
+        return ([rest] if rest else []) + runs[1:]
+
+
+class Said:
+    """What the ranks of one start say. at, ended: which run is under way, and how many have ended; rows: (key, result)
+    of the last one that has; turn: whose it is, where methods take turns; complaints: all else that was printed."""
+
+    def __init__(self, runs: list[plan.Run]):
+        self.runs, self.at, self.ended, self.turn = runs, 0, 0, None
+        self.rows, self.complaints = [], []
+        self._coming = []
+
+    def take(self, rank: int, line: str, stream: str) -> None:
+        said = _parsed(line) if rank == 0 and stream == "stdout" else None
+        if said is None:
+            self.complaints.append(f"[{rank}] {line}")
+        elif "begin" in said:
+            self.at, self.turn, self._coming = said["begin"], None, []
+        elif "turn" in said:
+            self.turn = said["turn"]
+        elif "end" in said:
+            run = self.runs[said.pop("end")]
+            results = self._coming or [said | {"method": run.methods[0]}]
+            self.rows = [(run.key(result.pop("method")), result) for result in results]
+            self.ended += 1
+        else:
+            self._coming.append(said)
+
+
+def _busy() -> float:
+    """The share of the processors' time that goes to other work, over one second."""
+    def now():
+        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(numbers), numbers[3] + numbers[4]
+
+    before = now()
+    time.sleep(1)
+    passed = [b - a for a, b in zip(before, now())]
+    return round(1 - passed[1] / max(1, passed[0]), 3)
 
 
 def _parsed(line):
@@ -175,7 +222,7 @@ def _described(run):
 
 def _progress(console):
     return Progress(
-        TextColumn("{task.description}", justify="left"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", justify="left"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left:"), TimeRemainingColumn(), console=console, refresh_per_second=1,
     )  # fmt: skip
 
@@ -198,6 +245,7 @@ def _arguments():
     what.add_argument("--list", action="store_true")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, metavar="METHOD", help="(default: all)")
+    parser.add_argument("--retry-failed", action="store_true", help="what failed or hung before is run again")
     parser.add_argument("--no-tuning", action="store_true", help="take the options found before")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder (default: results)")
     parser.add_argument("--readme", action="store_true", help="rewrite README.md's tables from what is shown")

@@ -49,7 +49,7 @@ class Trainee:
                 self.optimizer, named_parameters=self.model.named_parameters(), compression=compression
             )
         self.seconds, self.sent, self.received = [], [], []
-        self._before = self._stats()
+        self._counted_from, self._before = 0, self._stats()
 
     def step(self) -> None:
         before, begin = interface_bytes(), time.perf_counter()
@@ -62,10 +62,9 @@ class Trainee:
             self.sent.append(after.tx - before.tx)
             self.received.append(after.rx - before.rx)
 
-    def forget(self) -> None:
-        """Count from here."""
-        self.seconds, self.sent, self.received = [], [], []
-        self._before = self._stats()
+    def count_from_here(self) -> None:
+        """The steps so far were not typical."""
+        self._counted_from, self._before = len(self.seconds), self._stats()
 
     def settle(self) -> None:
         """All that is under way lands: it is not the next method's to carry."""
@@ -77,23 +76,33 @@ class Trainee:
         with self._whole():
             return float(world.sum(self.data.held_out_part(self.model)))
 
-    def result(self, world) -> dict:
-        """Of the steps counted: means over the ranks. Medians and quartiles over the steps; times in ms."""
-        everyone = world.gather((self.seconds, self.sent, self.received))
+    def result(self, world, uncounted: int = 0) -> dict:
+        """Of the steps counted: times in ms and bytes a step, means over the ranks.
+
+        uncounted: so many of them are not in the figures, the first of each turn.
+        """
+        counted = slice(self._counted_from, None)
+        everyone = world.gather([figures[counted] for figures in (self.seconds, self.sent, self.received)])
         seconds, sent, received = ([statistics.mean(step) for step in zip(*column)] for column in zip(*everyone))
+        if uncounted:
+            keep = lambda figures: [f for i, f in enumerate(figures) if i % (len(figures) // uncounted)]
+            seconds, sent, received = keep(seconds), keep(sent), keep(received)
         low, median, high = statistics.quantiles(seconds, n=4)
         found = {
-            "step_ms": {"median": 1e3 * median, "q1": 1e3 * low, "q3": 1e3 * high}, "counted_steps": len(seconds),
+            "step_ms": {"mean": 1e3 * statistics.mean(seconds), "median": 1e3 * median, "q1": 1e3 * low,
+                        "q3": 1e3 * high}, "counted_steps": len(seconds),
             "sent_bytes": statistics.mean(sent) if sent else None,
             "received_bytes": statistics.mean(received) if received else None,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }  # fmt: skip
-        if self.handle is not None:
-            now = self._stats()
-            for name in SECONDS:
-                if name in now:
-                    found[name.replace("_s", "_ms")] = 1e3 * (now[name] - self._before[name]) / len(seconds)
-        return found
+        if uncounted:
+            turn = len(seconds) // uncounted
+            each = [round(1e3 * s, 2) for s in seconds]
+            found["turns_ms"] = [each[i : i + turn] for i in range(0, len(each), turn)]
+        now = self._stats()
+        steps = len(self.seconds) - self._counted_from
+        return found | {name.replace("_s", "_ms"): 1e3 * (now[name] - self._before[name]) / steps
+                        for name in SECONDS if name in now}  # fmt: skip
 
     def _stats(self):
         return dict(self.handle.stats()) if self.handle is not None else {}
@@ -127,47 +136,39 @@ def train(run, world, watch):
     for step in range(1, run["steps"] + 1):
         trainee.step()
         watch.feed()
+        if step == min(UNTYPICAL, run["steps"] // 2):
+            trainee.count_from_here()
         if step % task.every == 0 or step == run["steps"]:
             loss = trainee.held_out_loss(world)
             curve.append((step, round(sum(trainee.seconds), 4), round(loss, 5)))
             if not loss < 1e4:  # also NaN: the same on all ranks
                 break
-    for figures in (trainee.seconds, trainee.sent, trainee.received):
-        del figures[: min(UNTYPICAL, len(figures) // 2)]
     return trainee.result(world) | {"curve": curve}
 
 
 def speed(run, world, watch):
-    """A line for each method of the run, their steps interleaved."""
+    """A line for each method of the run, their steps interleaved; "turn" says whose turn it is."""
+    say = lambda **said: world.rank or print(json.dumps(said), flush=True)
     trainees = {}
     for method in run["methods"]:
-        options = {"lr": 1e-4}
-        trainees[method] = Trainee(method, run["task"], options, run["seed"], world.rank, world.n)
+        say(turn=method)
+        trainees[method] = Trainee(method, run["task"], {"lr": 1e-4}, run["seed"], world.rank, world.n)
         for _ in range(4):  # rebuilt buckets, dense first steps
             trainees[method].step()
             watch.feed()
-        trainees[method].forget()
-    counted = {method: ([], [], []) for method in trainees}
+        trainees[method].count_from_here()
     for _ in range(run["turns"]):
         for method, trainee in trainees.items():
+            say(turn=method)
             world.barrier()
             for _ in range(TURN):
                 trainee.step()
                 watch.feed()
             trainee.settle()
             world.barrier()
-            for figures, kept in zip((trainee.seconds, trainee.sent, trainee.received), counted[method]):
-                kept += figures[1:]
-                figures.clear()
     for method, trainee in trainees.items():
-        steps = TURN * run["turns"]
-        trainee.seconds, trainee.sent, trainee.received = counted[method]
-        found = trainee.result(world)
-        for name in SECONDS:  # the stats have the first steps of the turns too
-            if name.replace("_s", "_ms") in found:
-                found[name.replace("_s", "_ms")] *= len(trainee.seconds) / steps
-        if world.rank == 0:
-            print(json.dumps({"method": method} | found), flush=True)
+        found = trainee.result(world, uncounted=run["turns"])
+        say(method=method, **found)
     return {}
 
 

@@ -1,7 +1,8 @@
 """Results, a line of JSON a run, appended as they come: an interrupted set goes on where it was.
 
-A row carries what it was measured with: machine, versions, commit, and ``code``, a digest of all that a step runs.
-Rows of another machine or code are kept and never shown in one table with these.
+A row carries what it was measured with: machine, versions, commit, and ``code``, a digest of all that a step runs,
+which two commits share only where nothing of that differs. Rows of another machine, other versions or other code are
+kept and never shown in one table with these.
 """
 import ast
 import contextlib
@@ -11,10 +12,10 @@ import json
 import platform
 import statistics
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import thinwire
-import torch
 from demo import machine
 
 from suite.methods import CONTESTANTS
@@ -52,24 +53,29 @@ def _without_words(source):
 
 def about() -> dict:
     """What is written into every row."""
-    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "code": code(), "commit": git.stdout.strip() or None, "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "thinwire": thinwire.__version__, "native": thinwire.ops.native("cpu")},
-    }  # fmt: skip
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
+                         capture_output=True, text=True)  # fmt: skip
+    versions = {"python": platform.python_version(), "native": thinwire.ops.native("cpu")}
+    for package in ("torch", "thinwire", "horovod", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"code": code(), "commit": git.stdout.strip() or None, "machine": machine(), "versions": versions}
+
+
+def _measured_with(row):
+    return row["machine"], row["versions"], row["code"]
 
 
 class Ledger:
-    """The rows of one file that belong to this machine and code; ``others`` counts the rest."""
+    """The rows of one file that belong to this machine, these versions and this code; ``others`` counts the rest."""
 
     def __init__(self, path: Path, of: dict | None = None):
-        """of: a row whose machine and code count, instead of the ones here."""
+        """of: a row whose machine, versions and code count, instead of the ones here."""
         self.path = path
         self._about = about()
-        self.machine, self.code = (of or self._about)["machine"], (of or self._about)["code"]
+        self.machine, self.versions, self.code = _measured_with(of or self._about)
         everything = _rows(path)
-        self.rows = [row for row in everything if (row["machine"], row["code"]) == (self.machine, self.code)]
+        self.rows = [row for row in everything if _measured_with(row) == _measured_with(of or self._about)]
         self.others = len(everything) - len(self.rows)
 
     @classmethod
@@ -80,10 +86,14 @@ class Ledger:
             raise SystemExit(f"{path}: nothing measured yet")
         return cls(path, rows[-1])
 
+    def is_current(self) -> bool:
+        """Whether the code here is still what rows are marked with."""
+        return code() == self._about["code"]
+
     def add(self, key: dict, result: dict) -> dict:
         contestant = CONTESTANTS[key["method"]]
         row = {k: v for k, v in key.items() if v is not None} | {
-            "label": contestant.label, "family": contestant.family, **result, **self._about,
+            "label": contestant.label, "family": contestant.family, "what": contestant.what, **result, **self._about,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
         self.rows.append(row)
@@ -96,9 +106,14 @@ class Ledger:
         """Rows with these values, the newest last."""
         return [row for row in self.rows if all(row.get(name) == value for name, value in key.items())]
 
-    def has(self, run) -> bool:
-        """Whether all of a run is there: of methods in turns, all or none counts."""
-        return all(self.find(**{k: v for k, v in run.key(m).items() if v is not None}) for m in run.methods)
+    def has(self, run, failed_too: bool = True) -> bool:
+        """Whether all of a run is there. Of methods in turns, all or none counts, whichever of them have failed."""
+        for method in run.methods:
+            key = {name: value for name, value in run.key(method).items() if value is not None and name != "among"}
+            rows = [row for row in self.find(**key) if set(row.get("among", ())) <= set(run.methods)]
+            if not any(row["status"] == "done" or failed_too for row in rows):
+                return False
+        return True
 
 
 def final_loss(row: dict) -> float:

@@ -20,7 +20,7 @@ class Contestant:
     family: methods that differ in one knob only, a curve on a picture. attach(ddp, optimizer): makes a DDP model use
     it and returns thinwire's handle or None; for Horovod compression(named_parameters): what DistributedOptimizer
     takes. bucket_cap_mb: DDP's. momentum: the method has its own, so that the optimizer's is 0. trains: False for the
-    instrument, whose replicas drift apart. least_ranks: what it needs.
+    instrument, whose replicas drift apart. least_ranks: what it needs. what: thinwire's configuration, written out.
     """
 
     label: str
@@ -31,6 +31,7 @@ class Contestant:
     momentum: bool = False
     trains: bool = True
     least_ranks: int = 2
+    what: str = ""
 
     @property
     def door(self) -> str:
@@ -64,7 +65,8 @@ def _powersgd(rank, half):
 
 
 def _ours(label, family, method, **also):
-    return Contestant(label, family, lambda ddp, optimizer: thinwire.attach(ddp, method, optimizer=optimizer), **also)
+    attach = lambda ddp, optimizer: thinwire.attach(ddp, method, optimizer=optimizer)
+    return Contestant(label, family, attach, what=repr(method), **also)
 
 
 def _sparse(label, family, selection, density=None, **fields):
@@ -83,6 +85,7 @@ NOMINATED = BlockSparse("nominated", density=0.04, block_size=16, warmup_steps=2
 CONTESTANTS = {
     "noop": Contestant("no exchange at all", "", _hook(None, debugging_hooks.noop_hook), trains=False),
     "dense": Contestant("plain DDP", "16-bit", lambda ddp, optimizer: None),
+    "dense-one-bucket": Contestant("plain DDP, one bucket", "", lambda ddp, optimizer: None, bucket_cap_mb=ONE_BUCKET),
     "fp16": Contestant("fp16 hook", "16-bit", _hook(None, default_hooks.fp16_compress_hook)),
     "bf16": Contestant("bf16 hook", "", _hook(None, bf16_hook)),
     **{f"powersgd-{rank}" + ("-fp16" if half else ""): _powersgd(rank, half)
@@ -116,7 +119,8 @@ CONTESTANTS = {
     "horovod-fp16": Contestant("Horovod, fp16", "", compression=lambda named: _horovod("fp16")),
     "horovod-nominated-4": Contestant(
         "Horovod, nominated 4 %", "",
-        compression=lambda named: thinwire.horovod.Compressor(named, NOMINATED)),
+        compression=lambda named: thinwire.horovod.Compressor(named, NOMINATED),
+        what=repr(NOMINATED)),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What the rows of the ledger add up to: step times, losses over seeds, and the time to a given quality."""
 import itertools
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -7,8 +8,7 @@ from suite.ledger import Ledger, final_loss
 from suite.methods import CONTESTANTS
 from suite.tasks import TASKS
 
-PEERS = ("dense", "fp16", "bf16", "powersgd", "horovod", "horovod-fp16")  # what a user would pick instead
-SHARES = (0.5, 1.0)  # the targets are plain DDP's losses after these shares of its steps
+HALF, END = 0.5, 1.0  # the targets are plain DDP's losses after these shares of its steps
 
 
 @dataclass(frozen=True)
@@ -19,91 +19,165 @@ class Span:
     middle: float
     high: float
 
-    def overlaps(self, other: "Span") -> bool:
-        return self.low <= other.high and other.low <= self.high
+    def __mul__(self, other: "Span") -> "Span":
+        return Span(self.low * other.low, self.middle * other.middle, self.high * other.high)
+
+    def __truediv__(self, other: "Span") -> "Span":
+        return Span(self.low / other.high, self.middle / other.middle, self.high / other.low)
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def over(values: list[float]) -> Span:
+    """Mean and range."""
+    return Span(min(values), statistics.mean(values), max(values))
 
 
 def is_peer(method: str) -> bool:
-    return method in PEERS or method.startswith("powersgd")
+    """Whether a user would pick it instead of thinwire."""
+    return method.startswith(("dense", "fp16", "bf16", "powersgd")) or method in ("horovod", "horovod-fp16")
 
 
 class Outcomes:
-    """Questions to one ledger. Times are in seconds."""
+    """Questions to one ledger. Times are in seconds.
+
+    Seeds differ in their data, training and held out, so methods are compared seed by seed: each seed has targets of
+    its own, and the span of a ratio is that over the seeds, widened by how far the step times are spread.
+    """
 
     def __init__(self, ledger: Ledger):
         self.ledger = ledger
-        self.tasks = [task for task in TASKS if self._quality(task, "dense") or ledger.find(kind="speed", task=task)]
+        self.tasks = [task for task in TASKS if self.quality(task, "dense") or ledger.find(kind="speed", task=task)]
 
-    def methods(self, task: str) -> list[str]:
-        """Those whose quality was measured for a task."""
-        return [method for method in CONTESTANTS if self._quality(task, method)]
+    # ---- steps ----
 
     def step(self, task: str, method: str, ranks: int, mbit: float) -> dict | None:
-        """The newest row of a method's steps, or None."""
+        """The row of a method's steps from the newest turns with the most methods, or None."""
         rows = self.ledger.find(kind="speed", task=task, method=method, ranks=ranks, mbit=mbit, status="done")
-        return rows[-1] if rows else None
+        return max(reversed(rows), key=lambda row: len(row["among"]), default=None)
 
     def step_time(self, task: str, method: str, ranks: int, mbit: float) -> Span | None:
+        """The mean of all steps, from the turn with the lowest mean to that with the highest.
+
+        The mean, because many steps take as long as their sum, the rare slow ones included.
+        """
         row = self.step(task, method, ranks, mbit)
-        return row and Span(*(row["step_ms"][name] / 1e3 for name in ("q1", "median", "q3")))
-
-    def curves(self, task: str, method: str) -> list[list[tuple[int, float]]]:
-        """For each seed (step, held-out loss)."""
-        return [[(step, loss) for step, _, loss in row["curve"]] for row in self._quality(task, method)]
-
-    def loss(self, task: str, method: str) -> Span | None:
-        """At the end of all steps, the same for all methods: the mean over the seeds, and the range."""
-        losses = [final_loss(row) for row in self._quality(task, method)]
-        return Span(min(losses), statistics.mean(losses), max(losses)) if losses else None
-
-    def target(self, task: str, share: float) -> float | None:
-        """Plain DDP's loss after a share of its steps, mean of the seeds."""
-        reached = []
-        for curve in self.curves(task, "dense"):
-            last = share * curve[-1][0]
-            reached.append(statistics.mean([loss for step, loss in curve if step <= last][-2:]))
-        return statistics.mean(reached) if reached else None
-
-    def steps_to(self, task: str, method: str, target: float) -> list[float] | None:
-        """For each seed, after how many steps; None where one seed does not get there."""
-        found = [_crossing(curve, target) for curve in self.curves(task, method)]
-        return found if found and None not in found else None
-
-    def time_to(self, task: str, method: str, target: float, ranks: int, mbit: float) -> Span | None:
-        """Mean steps of the seeds times the median step; spread: fewest times lower quartile to most times upper."""
-        steps, step = self.steps_to(task, method, target), self.step_time(task, method, ranks, mbit)
-        if not steps or step is None:
+        if row is None:
             return None
-        return Span(min(steps) * step.low, statistics.mean(steps) * step.middle, max(steps) * step.high)
+        turns = [statistics.mean(turn) / 1e3 for turn in row["turns_ms"]]
+        return over(turns)
 
-    def breaks_even(self, task: str, method: str, ranks: int, rates: list[float]) -> float | None:
+    def step_ends(self, task: str, method: str, ranks: int) -> float | None:
         """The link's rate in Mbit/s from which plain DDP's step is as short; None where the method's stays shorter.
 
-        Between two measured rates a step takes a + b / rate. 0 where plain DDP's is shorter at all rates.
+        0 where it is not shorter at the lowest rate. See :func:`_ends`.
         """
-        gains = []
-        for mbit in sorted(rates, key=lambda rate: rate or float("inf")):
-            ours, dense = (self.step_time(task, name, ranks, mbit) for name in (method, "dense"))
-            if ours and dense:
-                gains.append((1 / mbit if mbit else 0.0, dense.middle - ours.middle))
-        if not gains or gains[0][1] <= 0:
-            return 0.0 if gains else None
-        for (inverse, gain), (next_inverse, next_gain) in itertools.pairwise(gains):
-            if next_gain <= 0:
-                crossing = inverse + (next_inverse - inverse) * gain / (gain - next_gain)
-                return 1 / crossing if crossing else float("inf")
-        return None
+        return _ends(self, lambda name, mbit: self.step_time(task, name, ranks, mbit), method, "dense")
 
-    def _quality(self, task, method):
-        rows = self.ledger.find(kind="train", purpose="quality", task=task, method=method, status="done")
-        longest = max((row["steps"] for row in rows), default=0)
-        newest = {row["seed"]: row for row in rows if row["steps"] == longest}
-        return [newest[seed] for seed in sorted(newest)]
+    # ---- losses ----
+
+    def quality(self, task: str, method: str) -> dict[int, dict]:
+        """The newest row of each seed, all with the newest one's options and number of steps."""
+        rows = self.ledger.find(kind="train", purpose="quality", task=task, method=method)
+        if rows and method != "dense":
+            steps = {row["steps"] for row in self.quality(task, "dense").values()}
+            rows = [row for row in rows if row["steps"] in steps]
+        if rows:
+            longest = max(row["steps"] for row in rows)
+            options = [row for row in rows if row["steps"] == longest][-1]["options"]
+            rows = [row for row in rows if (row["steps"], row["options"]) == (longest, options)]
+        return {seed: row for seed, row in sorted((row["seed"], row) for row in rows)} if rows else {}
+
+    def methods(self, task: str) -> list[str]:
+        """Those whose quality was measured, failed or not."""
+        return [method for method in CONTESTANTS if self.quality(task, method)]
+
+    def curve(self, task: str, method: str, seed: int) -> list[tuple[int, float]]:
+        """(step, held-out loss), each the mean of two evaluations one after the other."""
+        points = [(step, loss) for step, _, loss in self.quality(task, method)[seed].get("curve", [])]
+        return [(b, (loss + next_loss) / 2) for (_, loss), (b, next_loss) in itertools.pairwise(points)]
+
+    def loss(self, task: str, method: str) -> Span | None:
+        """At the end of all steps, which are as many for every method."""
+        losses = [final_loss(row) for row in self.quality(task, method).values()]
+        return over(losses) if losses else None
+
+    def loss_more(self, task: str, method: str) -> Span | None:
+        """By how much the loss at the end exceeds plain DDP's of the same seed."""
+        dense = self.quality(task, "dense")
+        more = [final_loss(row) - final_loss(dense[seed]) for seed, row in self.quality(task, method).items()
+                if seed in dense]  # fmt: skip
+        return over(more) if more else None
+
+    # ---- time to quality ----
+
+    def target(self, task: str, share: float, seed: int) -> float | None:
+        """Plain DDP's loss after a share of its steps."""
+        if seed not in self.quality(task, "dense"):
+            return None
+        curve = self.curve(task, "dense", seed)
+        return [loss for step, loss in curve if step <= share * curve[-1][0]][-1]
+
+    def steps_to(self, task: str, method: str, share: float) -> dict[int, float]:
+        """For each seed in which the method gets to the target and does not diverge later, after how many steps."""
+        found = {}
+        for seed, row in self.quality(task, method).items():
+            target = self.target(task, share, seed)
+            if target is not None and math.isfinite(final_loss(row)):
+                crossing = _crossing(self.curve(task, method, seed), target)
+                if crossing is not None:
+                    found[seed] = crossing
+        return found
+
+    def gets_there(self, task: str, method: str, share: float) -> bool:
+        """In all seeds."""
+        return len(self.steps_to(task, method, share)) == len(self.quality(task, method)) > 0
+
+    def time_to(self, task: str, method: str, share: float, ranks: int, mbit: float) -> Span | None:
+        """Steps times step time; None where one seed does not get there."""
+        step = self.step_time(task, method, ranks, mbit)
+        if step is None or not self.gets_there(task, method, share):
+            return None
+        return over(list(self.steps_to(task, method, share).values())) * step
+
+    def speedup(self, task: str, method: str, against: str, share: float, ranks: int, mbit: float) -> Span | None:
+        """The other's time to quality over the method's, seed by seed; 1 is within a tie."""
+        if not (self.gets_there(task, method, share) and self.gets_there(task, against, share)):
+            return None
+        ours, theirs = self.steps_to(task, method, share), self.steps_to(task, against, share)
+        both = [theirs[seed] / ours[seed] for seed in ours if seed in theirs]
+        steps = [self.step_time(task, name, ranks, mbit) for name in (against, method)]
+        return over(both) * (steps[0] / steps[1]) if both and None not in steps else None
+
+    def best_peer(self, task: str, share: float, ranks: int, mbit: float) -> str | None:
+        """The peer that gets there first."""
+        times = {method: self.time_to(task, method, share, ranks, mbit) for method in self.methods(task)}
+        return min((m for m, time in times.items() if time and is_peer(m)), key=lambda m: times[m].middle, default=None)
+
+
+def _ends(outcomes, time, method, against):
+    """Between two measured rates a step takes a + b / rate; the unshaped link's 1 / rate is 0."""
+    rates = {row["mbit"] for row in outcomes.ledger.find(kind="speed", method=method, status="done")}
+    gains = []
+    for mbit in sorted(rates, key=lambda rate: rate or math.inf):
+        ours, theirs = time(method, mbit), time(against, mbit)
+        if ours and theirs:
+            gains.append((1 / mbit if mbit else 0.0, theirs.middle - ours.middle))
+    if not gains or gains[0][1] <= 0:
+        return 0.0 if gains else None
+    for (inverse, gain), (next_inverse, next_gain) in itertools.pairwise(gains):
+        if next_gain <= 0:
+            crossing = inverse + (next_inverse - inverse) * gain / (gain - next_gain)
+            return 1 / crossing if crossing else math.inf
+    return None
 
 
 def _crossing(curve, target):
     """The step at which the straight lines through a curve's points first go down to the target."""
+    if curve and curve[0][1] <= target:
+        return float(curve[0][0])
     for (step, loss), (next_step, next_loss) in itertools.pairwise(curve):
         if next_loss <= target:
-            return step + (next_step - step) * (loss - target) / (loss - next_loss) if loss > target else step
+            return step + (next_step - step) * (loss - target) / (loss - next_loss)
     return None

@@ -1,10 +1,10 @@
 """Pictures of the benchmark suite: loss against time, loss against bytes, step time against the link's rate."""
-import statistics
+import math
 from pathlib import Path
 
 from suite import plan
 from suite.methods import CONTESTANTS
-from suite.outcomes import Outcomes, is_peer
+from suite.outcomes import END, Outcomes, is_peer, over
 from suite.tasks import TASKS
 
 UNSHAPED_AT = 10_000  # Mbit/s: where a picture shows links that are not shaped
@@ -42,45 +42,42 @@ def _panels(outcomes, panels, draw_one, path):
 
 
 def _loss_against_time(outcomes, task, ax):
-    lowest, slowest = [], 0.0
+    """Means over the seeds of the loss above plain DDP's at its end; to where the first of them ended."""
+    dense = {seed: outcomes.target(task, END, seed) for seed in outcomes.quality(task, "dense")}
     for i, method in enumerate(outcomes.methods(task)):
         step = outcomes.step_time(task, method, plan.RANKS, plan.RATE)
-        if step is None:
+        seeds = [seed for seed in outcomes.quality(task, method) if seed in dense]
+        if step is None or not seeds:
             continue
-        by_step = list(zip(*outcomes.curves(task, method)))
+        by_step = list(zip(*(outcomes.curve(task, method, seed) for seed in seeds)))
         seconds = [points[0][0] * step.middle for points in by_step]
-        losses = [statistics.mean(loss for _, loss in points) for points in by_step]
-        ranges = [[f(loss for _, loss in points) for points in by_step] for f in (min, max)]
+        above = [over([loss - dense[seed] for (_, loss), seed in zip(points, seeds)]) for points in by_step]
         color = f"C{i % 10}"
-        ax.plot(seconds, losses, "--" if is_peer(method) else "-", color=color, label=CONTESTANTS[method].label)
-        ax.fill_between(seconds, *ranges, color=color, alpha=0.12)
-        lowest.append(min(losses))
-        slowest = max(slowest, seconds[-1])
-    if lowest:
-        first = outcomes.target(task, 0.1)
-        ax.set_ylim(min(lowest) - 0.05 * abs(first), first + 0.3 * abs(first))
-        ax.set_xscale("log")
-    ax.set(title=f"{TASKS[task].label}\n{plan.RANKS} ranks, {plan.RATE:g} Mbit/s; dashed: peers",
-           xlabel="training time, s", ylabel="held-out loss")  # fmt: skip
+        ax.plot(seconds, [span.middle for span in above], "--" if is_peer(method) else "-", color=color,
+                label=CONTESTANTS[method].label)  # fmt: skip
+        ax.fill_between(seconds, [span.low for span in above], [span.high for span in above], color=color, alpha=0.12)
+    highest = max(outcomes.target(task, 0.1, seed) - dense[seed] for seed in dense)
+    ax.set(xscale="log", ylim=(-0.25 * highest, 1.3 * highest), xlabel="training time, s",
+           title=f"{TASKS[task].label}\n{plan.RANKS} ranks, {plan.RATE:g} Mbit/s; dashed: peers",
+           ylabel="held-out loss above plain DDP's end")  # fmt: skip
 
 
 def _loss_against_bytes(outcomes, task, ax):
     families = {}
     for method in outcomes.methods(task):
-        step, loss = outcomes.step(task, method, plan.RANKS, plan.RATE), outcomes.loss(task, method)
-        if step and step["sent_bytes"] and loss.middle < float("inf"):
+        step, more = outcomes.step(task, method, plan.RANKS, plan.RATE), outcomes.loss_more(task, method)
+        if step and step["sent_bytes"] and math.isfinite(more.middle):
             contestant = CONTESTANTS[method]
             name = contestant.family or contestant.label
-            families.setdefault(name, []).append((step["sent_bytes"], loss, contestant.label, is_peer(method)))
+            families.setdefault(name, []).append((step["sent_bytes"], more, contestant.label, is_peer(method)))
     for i, (name, points) in enumerate(families.items()):
         points.sort(key=lambda point: point[0])
         xs, spans = [p[0] for p in points], [p[1] for p in points]
         errors = [[s.middle - s.low for s in spans], [s.high - s.middle for s in spans]]
         ax.errorbar(xs, [s.middle for s in spans], errors, fmt="--s" if points[0][3] else "-o", color=f"C{i % 10}",
                     markersize=5, capsize=2, label=name if len(points) > 1 else points[0][2])  # fmt: skip
-    ax.set_xscale("log")
-    ax.set(title=f"{TASKS[task].label}\nafter equally many steps; lower and further left is better",
-           xlabel="bytes a rank sends a step", ylabel="held-out loss")  # fmt: skip
+    ax.set(xscale="log", xlabel="bytes a rank sends a step", ylabel="held-out loss above plain DDP's",
+           title=f"{TASKS[task].label}\nafter equally many steps; lower and further left is better")  # fmt: skip
 
 
 def _step_against_rate(outcomes, ranks, ax):
@@ -91,7 +88,7 @@ def _step_against_rate(outcomes, ranks, ax):
         style = ":" if method == "noop" else "--" if is_peer(method) else "-"
         ax.plot(xs, [1e3 * span.middle for _, span in points], style, marker="o", markersize=3,
                 color="black" if method == "noop" else f"C{i % 10}", label=CONTESTANTS[method].label)  # fmt: skip
-        ends = outcomes.breaks_even(plan.MAIN_TASK, method, ranks, [mbit for mbit, _ in points])
+        ends = outcomes.step_ends(plan.MAIN_TASK, method, ranks)
         if method not in ("noop", "dense") and ends and points[0][0] < ends < UNSHAPED_AT:
             ax.axvline(ends, color=f"C{i % 10}", linewidth=0.5)
     ax.set_xscale("log")

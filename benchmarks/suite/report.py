@@ -1,4 +1,5 @@
 """Tables of the benchmark suite: in the terminal, and in README.md."""
+import math
 from pathlib import Path
 
 import record
@@ -6,25 +7,30 @@ import record
 from suite import pictures, plan
 from suite.ledger import Ledger
 from suite.methods import CONTESTANTS
-from suite.outcomes import SHARES, Outcomes, Span, is_peer
+from suite.outcomes import END, HALF, Outcomes, Span
 from suite.tasks import TASKS
 
-RATES = sorted(plan.ALL_RATES, key=lambda rate: rate or float("inf"))
-EQUAL = 0.05  # below it two times are called the same whatever their spread
+RATES = sorted(plan.ALL_RATES, key=lambda rate: rate or math.inf)
+AT_RATES = tuple(f"{rate:g} Mbit/s" if rate else "unshaped" for rate in RATES)
 
 
 def show(ledger: Ledger, out: Path, readme: bool = False) -> None:
     """Print all tables, draw all pictures, and put the main ones into README.md."""
     outcomes = Outcomes(ledger)
-    print(f"{len(ledger.rows)} runs with code {ledger.code} on {ledger.machine['cores']} cores "
-          f"({ledger.machine['cpu']}); {ledger.others} of other machines or code left out")  # fmt: skip
+    print(f"{len(ledger.rows)} rows of code {ledger.code} on {ledger.machine['cores']} cores "
+          f"({ledger.machine['cpu']}); {ledger.others} of other machines, versions or code left out")  # fmt: skip
+    busy = max((row.get("busy_before") or 0 for row in ledger.rows), default=0)
+    if busy > 0.1:
+        print(f"Some step times were measured while other work took {busy:.0%} of the processors.")
     for task in outcomes.tasks:
         if outcomes.methods(task):
-            record.print_table(HEADS, [row for _, row in quality_rows(outcomes, task)], _title(outcomes, task))
+            where = f"{TASKS[task].label}, {plan.RANKS} ranks"
+            record.print_table(HEADS, quality_rows(outcomes, task), f"{where}, {plan.RATE:g} Mbit/s")
+            record.print_table(BY_RATE_HEADS, by_rate_rows(outcomes, task), f"{where}: s to DDP's half-way")
         for ranks in plan.ALL_RANKS:
-            rows = rate_rows(outcomes, task, ranks)
+            rows = step_rows(outcomes, task, ranks)
             if rows:
-                record.print_table(RATE_HEADS, rows, f"{TASKS[task].label}: ms a step, {ranks} ranks, by link rate")
+                record.print_table(STEP_HEADS, rows, f"{TASKS[task].label}: ms a step, {ranks} ranks, by link rate")
     direct = direct_rows(outcomes)
     if direct:
         record.print_table(DIRECT_HEADS, direct, "time to quality put together, against measured directly")
@@ -35,65 +41,89 @@ def show(ledger: Ledger, out: Path, readme: bool = False) -> None:
 
 # ---- time to quality ----
 
-HEADS = ("method", "ms a step", "MB a step", "held-out loss", "s to DDP's half-way", "s to DDP's end", "against DDP",
-         "against the best peer")  # fmt: skip
+HEADS = ("method", "ms a step", "MB a step", "loss above DDP's", "s to DDP's half-way", "s to DDP's end",
+         "times DDP's speed, half-way / end", "times the best peer's, half-way / end")  # fmt: skip
 
 
-def quality_rows(outcomes: Outcomes, task: str, ranks: int = plan.RANKS, mbit: float = plan.RATE) -> list:
-    """(method, cells) of one task, the first to reach plain DDP's half-way loss first."""
-    half, end = (outcomes.target(task, share) for share in SHARES)
-    times = {m: outcomes.time_to(task, m, half, ranks, mbit) for m in outcomes.methods(task)} if half else {}
-    peers = [span for method, span in times.items() if span and is_peer(method)]
-    peer = min(peers, key=lambda span: span.middle, default=None)
-    found = []
-    for method in sorted(times, key=lambda m: times[m].middle if times[m] else float("inf")):
-        row, span = outcomes.step(task, method, ranks, mbit), times[method]
-        found.append((method, (
-            CONTESTANTS[method].label,
+def quality_rows(outcomes: Outcomes, task: str, ranks: int = plan.RANKS, mbit: float = plan.RATE) -> list[tuple]:
+    """The first at plain DDP's half-way loss first; those that do not get there last."""
+    shares = (HALF, END)
+    peers = [outcomes.best_peer(task, share, ranks, mbit) for share in shares]
+    times = {m: [outcomes.time_to(task, m, share, ranks, mbit) for share in shares] for m in outcomes.methods(task)}
+    rows = []
+    for method in sorted(times, key=lambda m: times[m][0].middle if times[m][0] else math.inf):
+        row = outcomes.step(task, method, ranks, mbit)
+        rows.append((
+            _label(outcomes, task, method),
             _spread(outcomes.step_time(task, method, ranks, mbit), 1e3),
             f"{row['sent_bytes'] / 1e6:.3g}" if row and row["sent_bytes"] else "-",
-            _spread(outcomes.loss(task, method), 1, 3),
-            _spread(span, 1),
-            _spread(outcomes.time_to(task, method, end, ranks, mbit), 1),
-            _against(span, times.get("dense")),
-            _against(span, peer),
-        )))  # fmt: skip
-    return found
+            "-" if method == "dense" else _spread(outcomes.loss_more(task, method), 1, 3),
+            *(_spread(span, 1) if span else _how_many(outcomes, task, method, share)
+              for span, share in zip(times[method], shares)),
+            *(" / ".join(_against(outcomes, task, method, against[i], share, ranks, mbit)
+                         for i, share in enumerate(shares)) for against in (("dense",) * 2, peers)),
+        ))  # fmt: skip
+    return rows
 
 
-def _against(ours: Span | None, theirs: Span | None) -> str:
-    if ours is None or theirs is None:
-        return "-" if theirs is None else "does not get there"
-    ratio = theirs.middle / ours.middle
-    if ours == theirs:
-        return "1"
-    if ours.overlaps(theirs) or abs(ratio - 1) < EQUAL:
-        return f"tie ({ratio:.2f} x)"
-    return f"{ratio:.2f} x"
+def _label(outcomes, task, method):
+    rows = outcomes.quality(task, method).values()
+    failed = sum(row["status"] != "done" for row in rows)
+    tuned = {row["tuned_as"] for row in rows} - {method}
+    return (CONTESTANTS[method].label + (f" ({failed} of {len(rows)} failed)" if failed else "")
+            + (f" (optimizer of {', '.join(sorted(tuned))})" if tuned else ""))  # fmt: skip
 
 
-def _spread(span, scale, digits=None):
+def _how_many(outcomes, task, method, share):
+    seeds = len(outcomes.quality(task, method))
+    return f"{len(outcomes.steps_to(task, method, share))} of {seeds} seeds get there" if seeds else "-"
+
+
+def _against(outcomes, task, method, other, share, ranks, mbit):
+    if other is None or method == other:
+        return "-" if other is None else "1"
+    span = outcomes.speedup(task, method, other, share, ranks, mbit)
     if span is None:
         return "-"
-    if span.middle == float("inf"):
+    return f"{span.middle:.2f}" + (", a tie" if 1.0 in span else "")
+
+
+def _spread(span: Span | None, scale, digits=None):
+    if span is None:
+        return "-"
+    if not math.isfinite(span.middle):
         return "diverged"
     low, middle, high = (scale * value for value in (span.low, span.middle, span.high))
     digits = digits if digits is not None else (0 if middle >= 100 else 1)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _title(outcomes, task):
-    half, end = (outcomes.target(task, share) for share in SHARES)
-    reached = f": {half:.3f} half-way, {end:.3f} at the end" if half else ""
-    return f"{TASKS[task].label}, {plan.RANKS} ranks, {plan.RATE:g} Mbit/s; plain DDP's losses{reached}"
+# ---- time to quality at every rate ----
+
+BY_RATE_HEADS = ("method", *AT_RATES)
+
+
+def by_rate_rows(outcomes: Outcomes, task: str) -> list[tuple]:
+    """Seconds to plain DDP's half-way, and in brackets how many times the speed of the best peer at that rate."""
+    rows = []
+    for method in outcomes.methods(task):
+        cells = []
+        for mbit in RATES:
+            span = outcomes.time_to(task, method, HALF, plan.RANKS, mbit)
+            peer = outcomes.best_peer(task, HALF, plan.RANKS, mbit)
+            times = _against(outcomes, task, method, peer, HALF, plan.RANKS, mbit)
+            cells.append(f"{span.middle:.1f} ({'the best peer' if method == peer else times})" if span else "-")
+        if set(cells) != {"-"}:
+            rows.append((_label(outcomes, task, method), *cells))
+    return rows
 
 
 # ---- step time against the link's rate ----
 
-RATE_HEADS = ("method", *(f"{rate:g} Mbit/s" if rate else "unshaped" for rate in RATES), "shorter than DDP's up to")
+STEP_HEADS = ("method", *AT_RATES, "shorter than DDP's up to")
 
 
-def rate_rows(outcomes: Outcomes, task: str, ranks: int) -> list:
+def step_rows(outcomes: Outcomes, task: str, ranks: int) -> list[tuple]:
     rows = []
     for method in CONTESTANTS:
         times = [outcomes.step_time(task, method, ranks, mbit) for mbit in RATES]
@@ -106,10 +136,11 @@ def rate_rows(outcomes: Outcomes, task: str, ranks: int) -> list:
 def _up_to(outcomes, task, method, ranks):
     if method in ("noop", "dense"):
         return "-"
-    rate = outcomes.breaks_even(task, method, ranks, RATES)
+    rate = outcomes.step_ends(task, method, ranks)
     if rate is None:
-        return "all measured"
-    return f"{rate:.0f} Mbit/s" if 0 < rate < float("inf") else "at none" if rate == 0 else "the unshaped one"
+        return "at all rates"
+    highest = max(plan.ALL_RATES)
+    return "at none" if rate == 0 else f"more than {highest:g} Mbit/s" if rate > highest else f"{rate:.0f} Mbit/s"
 
 
 # ---- the check ----
@@ -117,7 +148,7 @@ def _up_to(outcomes, task, method, ranks):
 DIRECT_HEADS = ("method", "s in all, put together", "measured directly", "ratio", "losses")
 
 
-def direct_rows(outcomes: Outcomes) -> list:
+def direct_rows(outcomes: Outcomes) -> list[tuple]:
     """Training over shaped links against unshaped training and the step times of methods in turns."""
     rows = []
     for row in outcomes.ledger.find(kind="train", purpose="direct", status="done"):
@@ -137,31 +168,29 @@ def direct_rows(outcomes: Outcomes) -> list:
 
 
 def _write_readme(outcomes):
-    rows = []
-    for task in outcomes.tasks:
-        for _, row in quality_rows(outcomes, task):
-            rows.append((TASKS[task].label, *row))
-    seeds = sorted({row["seed"] for row in outcomes.ledger.find(kind="train", purpose="quality")})
-    targets = "; ".join(
-        f"{TASKS[task].label} {outcomes.target(task, SHARES[0]):.3f} and {outcomes.target(task, SHARES[1]):.3f}"
-        for task in outcomes.tasks if outcomes.target(task, SHARES[0])
-    )  # fmt: skip
-    where = f"{plan.RANKS} ranks, {plan.RATE:g} Mbit/s, seeds {seeds[0]} to {seeds[-1]}. "
     origin = _origin(outcomes)
+    of_tasks = [task for task in outcomes.tasks if outcomes.methods(task)]
+    seeds = sorted({row["seed"] for row in outcomes.ledger.find(kind="train", purpose="quality")})
     record.write_readme_block(
-        "train", ("task", *HEADS), rows,
-        where + f"Plain DDP's losses half-way and at the end: {targets}. {origin}\n\n"
+        "train", ("task", *HEADS),
+        [(TASKS[task].label, *row) for task in of_tasks for row in quality_rows(outcomes, task)],
+        f"{plan.RANKS} ranks, {plan.RATE:g} Mbit/s, seeds {', '.join(map(str, seeds))}. {origin}\n\n"
         "![Held-out loss against training time](benchmarks/results/train_time.png)\n\n"
         "![Loss against bytes](benchmarks/results/train_pareto.png)",
     )  # fmt: skip
+    record.write_readme_block(
+        "train by rate", ("task", *BY_RATE_HEADS),
+        [(TASKS[task].label, *row) for task in of_tasks for row in by_rate_rows(outcomes, task)],
+        f"{plan.RANKS} ranks; in brackets the speed against the best peer at that rate. {origin}",
+    )  # fmt: skip
     task = plan.MAIN_TASK
     record.write_readme_block(
-        "train rates", ("ranks", *RATE_HEADS),
-        [(str(ranks), *row) for ranks in plan.ALL_RANKS for row in rate_rows(outcomes, task, ranks)],
-        f"{TASKS[task].label}: ms a step, medians and quartiles. {origin}\n\n"
+        "train steps", ("ranks", *STEP_HEADS),
+        [(str(ranks), *row) for ranks in plan.ALL_RANKS for row in step_rows(outcomes, task, ranks)],
+        f"{TASKS[task].label}: ms a step, mean (of the fastest turn to the slowest). {origin}\n\n"
         "![Step time against link rate](benchmarks/results/train_rates.png)",
     )  # fmt: skip
-    record.write_readme_block("train direct", DIRECT_HEADS, direct_rows(outcomes), f"Seed 0. {origin}")
+    record.write_readme_block("train direct", DIRECT_HEADS, direct_rows(outcomes), f"Seed {plan.SEEDS[0]}. {origin}")
 
 
 def _origin(outcomes):

@@ -56,7 +56,7 @@ class Windows:
     def __init__(self, rank: int, n: int, seed: int):
         training, held_out = text.standard_library(seed)
         self._batches = text.batches(training, rank, n, seed)
-        self._held_out = text.HeldOut(held_out, rank, n, windows=64, seed=seed)
+        self._held_out = text.HeldOut(held_out, rank, n, windows=128, seed=seed)
 
     def batch(self):
         return next(self._batches)
@@ -70,11 +70,11 @@ class Examples:
     """Rows of a data set that scikit-learn ships, 16 a rank in a batch; a third of them is held out."""
 
     def __init__(self, data, shape: tuple[int, ...], rank: int, n: int, seed: int):
-        examples = torch.as_tensor(data.data, dtype=torch.float32)
-        examples = ((examples - examples.mean(0)) / examples.std(0).clamp(min=1e-3)).view(-1, *shape)
-        labels = torch.as_tensor(data.target)
+        examples, labels = torch.as_tensor(data.data, dtype=torch.float32), torch.as_tensor(data.target)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         held_out, training = order.split([len(order) // 3, len(order) - len(order) // 3])
+        mean, deviation = examples[training].mean(0), examples[training].std(0).clamp(min=1e-3)
+        examples = ((examples - mean) / deviation).view(-1, *shape)
         self._held_out = len(held_out)
         self._part = examples[held_out[rank::n]], labels[held_out[rank::n]]
         self._examples, self._labels = examples[training[rank::n]], labels[training[rank::n]]
