@@ -1,5 +1,6 @@
 """Data-parallel training where the network is thin: one hook on a DDP model, or one compressor for Horovod."""
 
+from thinwire.advice import advise
 from thinwire.averager import DivideAndShuffleAverager
 from thinwire.ddp import HookState, attach, hook
 from thinwire.estimate import estimate
@@ -7,8 +8,8 @@ from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Meth
 
 __version__ = "0.1.0"
 __all__ = [
-    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "HookState", "Method", "attach",
-    "estimate", "hook",
+    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "HookState", "Method", "advise",
+    "attach", "estimate", "hook",
 ]  # fmt: skip
 
 

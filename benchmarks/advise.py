@@ -1,0 +1,73 @@
+"""Is thinwire.advise right? What it predicts on thin networks, against what the steps then take.
+
+    python benchmarks/advise.py                 4 ranks, 3 link rates, 5 methods, about 5 minutes
+    python benchmarks/advise.py readme          puts the table of the committed result into README.md
+
+On each network advise is asked about the demo's model, then each method trains it for 5 steps of which the first is not
+counted, and so on in turns. A step's time is the slowest rank's. Figures are medians: over what was predicted, and
+over the steps.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+from advise_rank import ALONE
+from record import RESULTS, load, origin, print_table, save, write_readme_block
+from rich.progress import track
+from rows import rows_of
+from thinnet import ThinNet
+
+SCRIPT = Path(__file__).resolve().with_name("advise_rank.py")
+RANKS = 4
+RATES = (50, 100, 1000)
+TARGET = 0.2  # of the measured step
+NAME = "advise"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run", "readme"], default="run")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="Mbit/s")
+    parser.add_argument("--turns", type=int, default=2)
+    args = parser.parse_args()
+    if args.what == "readme":
+        record = load(NAME)
+        return write_readme_block(NAME, *table(record["rows"]), f"{summary(record['rows'])} {origin(record)}")
+    rows = []
+    for rate in track(args.rates, "networks"):
+        with ThinNet(ranks=RANKS, mbit=rate) as net:
+            if not net.shaped:
+                raise SystemExit(f"the network cannot be shaped here: {net.why}")
+            rows += [{"mbit": rate} | said for said in rows_of(net, SCRIPT, ["--turns", args.turns])]
+    save(NAME, "python benchmarks/advise.py", rows, args.out, ranks=RANKS)
+    print_table(*table(rows), title="A step: predicted, measured, error")
+    print(summary(rows))
+
+
+def error(row):
+    """Of the measured step, signed."""
+    return row["predicted_ms"] / row["measured_ms"] - 1
+
+
+def table(rows):
+    """A row a method: on each network predicted and measured milliseconds, and the error."""
+    rates = list(dict.fromkeys(row["mbit"] for row in rows))
+    heads = ("method", *(f"{rate:g} Mbit/s" for rate in rates))
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_rate = {row["mbit"]: row for row in rows if row["method"] == method}
+        cells.append((method, *(f"{of_rate[rate]['predicted_ms']:.0f} / {of_rate[rate]['measured_ms']:.0f} ms, "
+                                f"{error(of_rate[rate]):+.0%}" for rate in rates)))  # fmt: skip
+    return heads, cells
+
+
+def summary(rows):
+    errors = [abs(error(row)) for row in rows if row["method"] != ALONE]
+    within = sum(e <= TARGET for e in errors)
+    return (f"Predicted / measured, and the error. {within} of {len(errors)} predictions are within {TARGET:.0%}, the "
+            f"worst is off by {max(errors):.0%}. Asking took at most {max(row['advise_s'] for row in rows):.0f} s.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Would it help me? Measure a step and the link, predict the step of every method, and say which is worth it."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire import agree, candidates, own_step, trial
+from thinwire.candidates import PLAIN, Candidate
+from thinwire.cost import Compute, Link
+from thinwire.exchange import gather_objects
+from thinwire.methods import Method
+from thinwire.names import parameter_names
+from thinwire.trial import Trial
+
+WORTH_IT = 0.1  # a smaller share of a step is not worth a change
+NEARLY = 0.05  # PyTorch's 16-bit hook is preferred where the fastest is not faster by more: it changes training least
+HALVED = 2  # how many of the best are tried with a 16-bit wire too
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A method's step. what: as given to advise. bytes_sent: by one rank, in a step, payload. speedup: against plain
+    DDP, both predicted. verdict: in words."""
+
+    label: str
+    what: Method | str
+    step_s: float
+    bytes_sent: float
+    speedup: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What advise found, the same on every rank; print it.
+
+    ranks; compute_s: a step with DDP but without any communication; link: as measured, None with one rank; rows: plain
+    DDP first, then the fastest first; best: the label of the one to take, PLAIN where none is worth it; conclusion: in
+    words.
+    """
+
+    ranks: int
+    compute_s: float
+    link: Link | None
+    rows: tuple[Prediction, ...]
+    best: str
+    conclusion: str
+
+    def __str__(self):
+        heads = ("method", "step", "sent a step", "speed-up", "")
+        cells = [(row.label, _ms(row.step_s), _size(row.bytes_sent), f"{row.speedup:.2f}", row.verdict)
+                 for row in self.rows]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(heads, *cells)]
+        lines = [f"A step without communication takes {_ms(self.compute_s)} on {self.ranks} ranks."]
+        if self.link is not None:
+            lines += [f"The link: {8e-6 * self.link.bytes_per_s:.0f} Mbit/s each way, {1e3 * self.link.latency_s:.2f} "
+                      "ms a message. Predicted:", ""]  # fmt: skip
+            for row in (heads, *cells):
+                first, *numbers, last = (text.ljust(w) if i in (0, 4) else text.rjust(w)
+                                         for i, (text, w) in enumerate(zip(row, widths)))  # fmt: skip
+                lines.append("  ".join([first, *numbers, last]).rstrip())
+            lines.append("")
+        return "\n".join([*lines, self.conclusion])
+
+
+def advise(ddp: DistributedDataParallel, make_batch: Callable[[], object], loss_fn: Callable[..., torch.Tensor], *,
+           optimizer: torch.optim.Optimizer | None = None, methods: Sequence[Method | str] | None = None,
+           steps: int = 10) -> Advice:  # fmt: skip
+    """Predict what plain DDP, PyTorch's hooks and thinwire's methods would make of your step. Call it on every rank.
+
+    It measures your step without communication, the link with three short collectives, and each method's own work on
+    your gradients with all ranks at it at once; the rest is arithmetic (:mod:`thinwire.cost`). Nothing of your
+    training is changed: parameters, gradients, buffers, DDP's hook, the optimizer and the global random generators are
+    as they were; only make_batch is called a few times more than ``steps``.
+
+    make_batch: gives a batch. loss_fn: ``loss_fn(ddp, batch)`` gives the loss. optimizer: with it the optimizer's step
+    counts too, timed on a copy, which costs as much memory as the model and the optimizer's state. methods: thinwire
+    methods, and "fp16", "bf16", "powersgd-1" and so on for PyTorch's hooks; None is those worth asking about, and the
+    best of them with a 16-bit wire. steps: how many to time.
+
+    Communication is left out with DDP's ``no_sync()``, not with PyTorch's noop hook, because DDP cannot forget a hook;
+    gradients come from ``torch.autograd.grad``, so DDP's reducer hears nothing of them. (Activation checkpoints must
+    therefore be made with ``use_reentrant=False``.) DDP's copying in and out of its buckets is measured apart; the
+    broadcast of BatchNorm's buffers before a step, the same with every method, is left out.
+
+    The same on every rank is returned. With one rank there is nothing to predict, and it says so. Raises RuntimeError
+    where there is no process group, TypeError or ValueError where an argument is wrong or ranks differ, on every rank;
+    also where make_batch or loss_fn raised on some rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("advise needs a process group: call torch.distributed.init_process_group(...) on every rank "
+                           "first, under torchrun for example")  # fmt: skip
+    inner = getattr(ddp, "_orig_mod", ddp)
+    is_ddp = isinstance(inner, DistributedDataParallel)
+    group = inner.process_group if is_ddp else dist.group.WORLD
+    gather = lambda thing: gather_objects(thing, group)
+    asked: list[Candidate] = []
+
+    def check():
+        if not is_ddp:
+            raise TypeError(f"advise got a {type(ddp).__name__}: it must be a DistributedDataParallel; wrap the model "
+                            "first: advise(DistributedDataParallel(model), ...)")  # fmt: skip
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"advise(steps={steps!r}): steps must be an integer of at least 1")
+        for name, value in (("make_batch", make_batch), ("loss_fn", loss_fn)):
+            if not callable(value):
+                raise TypeError(f"advise({name}={value!r}): {name} must be a function")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"advise(optimizer={optimizer!r}): optimizer must be a torch.optim.Optimizer or None")
+        asked.extend(candidates.named(methods, group.size(), dist.get_backend(group) == "gloo"))
+        numels = {name: p.numel() for p, name in parameter_names(inner.module, inner.parameters_to_ignore).items()}
+        return {"methods": ", ".join(one.label for one in asked), "steps": str(steps), "model": agree.digest(numels),
+                "optimizer": type(optimizer).__name__}  # fmt: skip
+
+    agree.check_together(gather, check)
+    names = parameter_names(inner.module, inner.parameters_to_ignore)
+    device = next(iter(names)).device
+    mine = trial.together(gather, lambda: own_step.measure(ddp, make_batch, loss_fn, optimizer, names, steps, device))
+    everyone = gather((mine.seconds, mine.ready, mine.backward_share))
+    # The slowest rank sets the pace of a step.
+    compute_s = statistics.median(max(times) for times in zip(*(seconds for seconds, _, _ in everyone)))
+    if group.size() == 1:
+        return alone(compute_s)
+    backward_s = compute_s * statistics.mean(share for _, _, share in everyone)
+    ready = {name: backward_s * statistics.mean(ready[name] for _, ready, _ in everyone) for name in mine.ready}
+    order = gather(sorted(mine.ready, key=mine.ready.get))[0]  # as rank 0 sees it, like DDP
+    cut = trial.buckets(inner, order, {name: parameter for parameter, name in names.items()})
+    arrivals = trial.rising(max(ready[name] for name in bucket) for bucket in cut)
+    with own_step.generators_kept():  # PowerSGD's hook seeds them
+        tried = Trial(group, device, cut, mine.gradients, Compute(arrivals, max(compute_s, arrivals[-1])),
+                      trial.replica_bytes(inner, optimizer), copies=not inner.gradient_as_bucket_view)  # fmt: skip
+        return conclude(tried, asked, also_halved=methods is None)
+
+
+def conclude(tried: Trial, asked: Sequence[Candidate], also_halved: bool) -> Advice:
+    """Predict every candidate, plain DDP being the first, and say which is worth it. A collective.
+
+    also_halved: try the best of them with a 16-bit wire too.
+    """
+    found = {one: tried.predict(one) for one in asked}
+    if also_halved:
+        fastest = sorted((one for one in asked if candidates.in_16_bits(one.what)), key=lambda one: found[one][0])
+        for one in fastest[:HALVED]:
+            half = candidates.candidate(candidates.in_16_bits(one.what), gloo=False)
+            found[half] = tried.predict(half)
+    plain_s = found[asked[0]][0]
+    order = sorted(found, key=lambda one: (one.label != PLAIN, found[one][0]))
+    best, conclusion = _verdict({one.label: found[one][0] for one in order}, tried.alone_s)
+    rows = tuple(
+        Prediction(one.label, one.what, found[one][0], found[one][1], plain_s / found[one][0],
+                   _said(one.label, plain_s / found[one][0], best))
+        for one in order
+    )  # fmt: skip
+    return Advice(tried.group.size(), tried.alone_s, tried.link, rows, best, conclusion)
+
+
+def _verdict(step_s: dict[str, float], compute_s: float) -> tuple[str, str]:
+    """The label to take, and the conclusion."""
+    plain_s = step_s[PLAIN]
+    share = max(0.0, 1 - compute_s / plain_s)
+    if share < WORTH_IT:
+        return PLAIN, f"The network costs you {share:.0%} of a step: nothing here can save more. Stay with plain DDP."
+    best = min(step_s, key=step_s.get)
+    if plain_s / step_s[best] < 1 + WORTH_IT:
+        return PLAIN, (f"The network costs you {share:.0%} of a step, but no method here is a tenth faster than plain "
+                       "DDP: stay with that.")  # fmt: skip
+    for cast in ("PyTorch's bf16 hook", "PyTorch's fp16 hook"):
+        if step_s.get(cast, plain_s) < step_s[best] * (1 + NEARLY):
+            best = cast
+    saved = f"{_ms(plain_s)} to {_ms(step_s[best])} a step, {plain_s / step_s[best]:.1f} times as fast"
+    return best, (
+        f"Worth it: {best} takes plain DDP's {saved}. Without any network it would be {_ms(compute_s)}.\n"
+        "A method that leaves something out trades quality a step for steps a second: compare at equal time."
+    )
+
+
+def _said(label, speedup, best):
+    if label == PLAIN:
+        return "what you have" + (", and the best" if best == PLAIN else "")
+    if label == best:
+        return "take this"
+    if speedup >= 1 + WORTH_IT:
+        return "faster"
+    return "no gain" if speedup > 1 - NEARLY else "slower"
+
+
+def alone(compute_s: float) -> Advice:
+    """What there is to say of one rank."""
+    row = Prediction(PLAIN, PLAIN, compute_s, 0.0, 1.0, "what you have, and the best")
+    return Advice(1, compute_s, None, (row,), PLAIN, "There is one rank, so nothing crosses a network, and nothing "
+                  "here can help. Ask again with as many ranks as you will train on.")  # fmt: skip
+
+
+def _ms(seconds):
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.02 else f"{1e3 * seconds:.1f} ms"
+
+
+def _size(nbytes):
+    return f"{nbytes / 1e6:.3g} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.3g} kB"

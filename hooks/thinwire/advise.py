@@ -1,0 +1,209 @@
+# No "from __future__ import annotations" here: DDP inspects the hook's annotations and refuses strings.
+"""``python -m thinwire.advise train.py ...``: would thinwire help this script? Measured on the script as it is.
+
+    torchrun --nproc-per-node 4 -m thinwire.advise --steps 20 train.py --batch 32
+
+The function of the same name, ``thinwire.advise``, is thinwire.advice's.
+"""
+
+import argparse
+import gc
+import os
+import runpy
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire import advice, agree, candidates, own_step, trial
+from thinwire.cost import Compute
+from thinwire.exchange import gather_objects
+from thinwire.names import parameter_names
+from thinwire.rehearsal import clock
+
+AVERAGED = 3  # first steps, in which DDP is left to average gradients, for it then makes its buckets anew
+_ABOUT = """Run a training script until a few dozen steps are done, say what thinwire and PyTorch's hooks would make of
+its step, and leave it there."""
+_HOW = f"""The script is run as it is, on every rank; put its own arguments after it. When it wraps its model in
+DistributedDataParallel, the first {AVERAGED} steps average gradients as they would; then, for --steps steps and two
+more, nothing is exchanged, and whole steps are timed, from one forward pass to the next, data loading and optimizer
+included. The replicas drift apart meanwhile, so torch.save writes nothing from then on, and once the link and each
+method's own work have been measured too, the script is left for good: SystemExit is raised in its next forward pass, on
+every rank, and it must not catch that. What it writes by other means is not held back."""
+
+
+class Advised(SystemExit):
+    """Leaves the script when all is said."""
+
+
+def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook while a script is watched."""
+    return state.reduce(bucket)
+
+
+class Watch:
+    """The steps of one DDP model in a script that knows nothing of it; leaves the script when it has seen enough."""
+
+    def __init__(self, ddp: DistributedDataParallel, steps: int):
+        self.ddp, self.steps = ddp, steps
+        self.done = -1  # steps, of which the first began with the first forward pass
+        self._names = self._device = None
+        self._complete = True  # the last bucket of the step has been ready
+        self._ready: list[float] = []
+        self._seconds: list[float] = []
+        self._arrivals: list[list[float]] = []
+        self._cut: list[tuple[str, ...]] = []
+        self._gradients: dict[str, torch.Tensor] = {}
+        ddp.register_forward_pre_hook(self._forward)
+
+    @property
+    def drifting(self) -> bool:
+        """Whether replicas differ."""
+        return self.done >= AVERAGED
+
+    @property
+    def made(self) -> int:
+        """Steps of which all gradients were exchanged, or would have been."""
+        return self.done + self._complete
+
+    @property
+    def needed(self) -> int:
+        """Steps that the script has to make, and one forward pass more: one is not timed, and the last keeps its
+        gradients."""
+        return AVERAGED + 1 + self.steps + 1
+
+    def _forward(self, module, args):
+        if self._names is None:
+            self._begin()
+        if not self._complete:  # another forward pass of the same step, as in gradient accumulation
+            return
+        now = clock(self._device)
+        if AVERAGED + 1 <= self.done < self.needed - 1:
+            self._seconds.append(now - self._began)
+            self._arrivals.append(self._ready)
+        self.done += 1
+        if self.done == self.needed:
+            self._finish()
+        self._complete, self._ready, self._began = False, [], clock(self._device)
+
+    def _begin(self):
+        if self.ddp._comm_hooks:
+            found = ", ".join(getattr(other, "__qualname__", str(other)) for other, _ in self.ddp._comm_hooks)
+            leave(f"the script registers a communication hook of its own ({found}), and DDP allows one: take it out, "
+                  "thinwire.attach included, and ask again", 2)  # fmt: skip
+        self._names = parameter_names(self.ddp.module, self.ddp.parameters_to_ignore)
+        self._device = next(iter(self._names)).device
+        self.ddp.register_comm_hook(self, hook)
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """The body of the hook."""
+        self._complete = self._complete or bucket.is_last()
+        if not self.drifting:
+            return allreduce_hook(self.ddp.process_group, bucket)
+        self._ready.append(clock(self._device) - self._began)
+        if self.done == self.needed - 1:
+            names = tuple(self._names[p] for p in bucket.parameters())
+            self._cut.append(names)
+            self._gradients.update(zip(names, (gradient.clone() for gradient in bucket.gradients())))
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def _finish(self):
+        """Predict, print and leave."""
+        group = self.ddp.process_group
+        gather = lambda thing: gather_objects(thing, group)
+        everyone = gather((self._seconds, self._arrivals))
+        compute_s = statistics.median(max(times) for times in zip(*(seconds for seconds, _ in everyone)))
+        if group.size() == 1:
+            leave(advice.alone(compute_s), 0)
+        numels = {name: p.numel() for p, name in self._names.items()}
+        agree.check_together(gather, lambda: {"model": agree.digest(numels), "buckets": str(len(self._cut))})
+        arrivals = [statistics.mean(column) for column in zip(*(step for _, steps in everyone for step in steps))]
+        compute = Compute(trial.rising(arrivals), max(compute_s, *arrivals))
+        asked = candidates.named(None, group.size(), dist.get_backend(group) == "gloo")
+        with own_step.generators_kept(), torch.no_grad():
+            tried = trial.Trial(group, self._device, self._cut, self._gradients, compute,
+                                trial.replica_bytes(self.ddp, self._optimizer()), copies=False)  # fmt: skip
+            found = advice.conclude(tried, asked, also_halved=True)
+        dist.barrier(group=group)  # on Gloo, a rank that leaves much earlier than another may make PyTorch abort
+        leave(found, 0)
+
+    def _optimizer(self):
+        """The one that has the first parameter."""
+        first = next(iter(self._names))
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.optim.Optimizer):
+                if any(p is first for group in thing.param_groups for p in group["params"]):
+                    return thing
+        return None
+
+
+def leave(what: object, status: int) -> None:
+    """Say it once and leave the script."""
+    raise Advised(say(what, status))
+
+
+def say(what: object, status: int) -> int:
+    """Print on the first rank: advice to stdout, complaints to stderr. Returns this rank's exit status, which is 0 on
+    the others: a launcher ends all ranks as soon as one fails, and that must not be before the first has spoken."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if rank != 0:
+        return 0
+    print(what if status == 0 else f"thinwire.advise: {what}", file=sys.stderr if status else None, flush=True)
+    return status
+
+
+def watch_first(steps: int) -> list[Watch]:
+    """From now on, the first DistributedDataParallel that is made is watched; it is then in the list."""
+    watches: list[Watch] = []
+    make, save = DistributedDataParallel.__init__, torch.save
+
+    def make_and_watch(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        if not watches:
+            watches.append(Watch(self, steps))
+
+    def save_unless_drifting(*args, **kwargs):
+        if not (watches and watches[0].drifting):
+            save(*args, **kwargs)
+
+    DistributedDataParallel.__init__, torch.save = make_and_watch, save_unless_drifting
+    return watches
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m thinwire.advise", description=_ABOUT, epilog=_HOW)
+    parser.add_argument("--steps", type=int, default=20, help="how many steps to time, 20 if not given")
+    parser.add_argument("script", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    args = parser.parse_args(arguments)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be at least 1")
+    if not Path(args.script).is_file():
+        parser.error(f"{args.script}: no such script")
+    watches = watch_first(args.steps)
+    sys.argv = [args.script, *args.arguments]
+    sys.path[0] = str(Path(args.script).resolve().parent)  # as for python train.py
+    status = 0
+    try:
+        runpy.run_path(args.script, run_name="__main__")
+    except Advised as left:
+        return left.code
+    except SystemExit as left:
+        status = left.code
+    if not watches:
+        return status or say("the script ended without making a DistributedDataParallel: there is no step to time", 1)
+    needed = watches[0].needed + 1
+    return status or say(
+        f"the script ended after {watches[0].made} steps; {needed} are needed to time {args.steps} of them: let it run "
+        "for longer, or pass a smaller --steps before the script's name", 1,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
