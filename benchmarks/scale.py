@@ -14,7 +14,6 @@ so much slower as there are more of them. Bytes follow each method's law of the 
 and padding included, is measured. It is a model: nobody has run thinwire on 1024 ranks.
 """
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from record import RESULTS, load, origin, print_table, save, write_readme_block
+from suite.ledger import Ledger
 from thinwire import BlockSparse, Dense
 from thinwire.cost import ALGORITHMS, Collective, all_reduce, exchanges
 
@@ -211,9 +211,7 @@ def main():
     if args.what == "readme":
         record = load(NAME)
         return write_readme_block(NAME, *table(record), footer(record))
-    if not args.rows.exists():
-        raise SystemExit(f"{args.rows} is not there: run benchmarks/train.py first")
-    cases, unknown = cases_of([json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()])
+    cases, unknown = cases_of(Ledger.of_newest(args.rows).rows)
     if unknown:
         print(f"no law for, or no noop row or bytes beside: {', '.join(unknown)}", file=sys.stderr)
     used = [case for case in cases if case.ranks in args.fit_ranks and case.mbit in args.fit_rates]

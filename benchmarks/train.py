@@ -74,8 +74,8 @@ def main() -> int:
 class Best:
     """Called with task and method: the options of the optimizer, as JSON, and the method that they were found for.
 
-    Those that did best in this ledger's runs of the whole grid; else those found before; else plain DDP's; else the
-    grid's first, found for none.
+    Those that did best in this ledger's runs of the whole grid; else those found before; else plain DDP's, where the
+    method allows them; else the grid's first, found for none.
     """
 
     def __init__(self, ledger: Ledger, *before: Path):
@@ -91,11 +91,11 @@ class Best:
                 self._found.setdefault(task, {})[method] = json.loads(best["options"])
 
     def __call__(self, task: str, method: str) -> tuple[str, str]:
-        found = self._found.get(task, {})
+        found, grid = self._found.get(task, {}), plan.grid(task, method)
         for of in (method, "dense"):
-            if of in found:
+            if found.get(of) in grid:
                 return json.dumps(found[of]), of
-        return json.dumps(TASKS[task].grid[0]), "none"
+        return json.dumps(grid[0]), "none"
 
     def save(self, path: Path) -> None:
         lines = [f'"{task}": {{\n  ' + ",\n  ".join(f'"{m}": {json.dumps(o)}' for m, o in found.items()) + "\n}"

@@ -152,7 +152,8 @@ def speed(run, world, watch):
     trainees = {}
     for method in run["methods"]:
         say(turn=method)
-        trainees[method] = Trainee(method, run["task"], {"lr": 1e-4}, run["seed"], world.rank, world.n)
+        options = TASKS[run["task"]].without_momentum[0]  # which suits all: some bring their own
+        trainees[method] = Trainee(method, run["task"], options, run["seed"], world.rank, world.n)
         for _ in range(4):  # rebuilt buckets, dense first steps
             trainees[method].step()
             watch.feed()

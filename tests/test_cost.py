@@ -214,11 +214,14 @@ def test_what_the_model_has_no_law_for_is_named_and_left_out(tmp_path, capsys, m
            "sent_bytes": 1.0, "label": "?"}  # fmt: skip
     rows += [odd | {"method": "elastic"}, odd | {"method": "dense", "mbit": 0.0}]
     rows += [odd | {"method": "dense", "kind": "train"}]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    of = {"machine": {}, "versions": {}, "code": "this"}
+    old = rows[1] | of | {"code": "another", "method": "fp16-of-old"}
+    lines = [json.dumps(row) for row in (old, *(row | of for row in rows))]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr("sys.argv", ["scale.py", "--rows", str(tmp_path / "train.jsonl"), "--out", str(tmp_path)])
     scale.main()
     said = capsys.readouterr()
-    assert "elastic" in said.err and "dense" not in said.err
+    assert "elastic" in said.err and "dense" not in said.err and "fp16-of-old" not in said.err
     record = json.loads((tmp_path / "scale.json").read_text())
     assert {row["method"] for row in record["rows"]} == set(BYTES)
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")

@@ -125,6 +125,7 @@ def test_training_that_failed_or_diverged_never_wins_the_grid(ledger, tmp_path):
     best = train.Best(ledger)
     assert (json.loads(best("digits", "dense")[0]), best("digits", "dense")[1]) == (wanted, "dense")
     assert best("digits", "fp16") == best("digits", "dense"), "what was not tuned says whose options it has"
+    assert json.loads(best("gpt2", "nominated-4-momentum")[0])["betas"][0] == 0.0
     best.save(tmp_path / "options.json")
     again = train.Best(Ledger(tmp_path / "nothing.jsonl"), tmp_path / "options.json")
     assert again("digits", "dense") == best("digits", "dense")

@@ -100,10 +100,14 @@ def tuning(tasks: list[str], methods: list[str]) -> Iterator[Training]:
     """Every method over its task's grid: one seed, the main number of ranks."""
     for task in tasks:
         for method in _trained(methods, RANKS):
-            described = TASKS[task]
-            for options in described.without_momentum if CONTESTANTS[method].momentum else described.grid:
+            for options in grid(task, method):
                 yield Training("tune", task, method, json.dumps(options), method, seed=TUNING_SEED,
-                               steps=described.tuning_steps)
+                               steps=TASKS[task].tuning_steps)  # fmt: skip
+
+
+def grid(task: str, method: str) -> tuple[dict, ...]:
+    """The options that a method is tried with."""
+    return TASKS[task].without_momentum if CONTESTANTS[method].momentum else TASKS[task].grid
 
 
 def quality(tasks: list[str], methods: list[str], best: Best, seeds=SEEDS, steps: int = 0) -> Iterator[Training]:
