@@ -254,12 +254,14 @@ def test_where_a_method_stops_helping(ledger):
         add_speed(ledger, "nominated-4", ours, mbit)
         add_speed(ledger, "fp16", ours - 100, mbit)
         add_speed(ledger, "ds-sync", dense + 1, mbit)
-        add_speed(ledger, "topk-1", dense - 1 if mbit else dense + 1, mbit)
-    names = ("nominated-4", "fp16", "ds-sync", "powersgd-1", "topk-1")
+        add_speed(ledger, "topk-1", dense / 2 if mbit else dense + 1, mbit)
+        add_speed(ledger, "shared", dense / 2 if mbit == 50 else dense * 0.95, mbit)
+    names = ("nominated-4", "fp16", "ds-sync", "powersgd-1", "topk-1", "shared")
     ends = {name: Outcomes(ledger).step_ends("bytes-adamw", name, 4) for name in names}
     # 1 / rate is 0.01 where it gains 300 ms and 0.001 where it loses 40 ms
     assert ends["nominated-4"] == pytest.approx(1 / (0.01 - 0.009 * 300 / 340))
     assert ends["fp16"] is None and ends["ds-sync"] == 0.0 and ends["powersgd-1"] is None
+    assert ends["topk-1"] > 1000 and ends["shared"] == 100.0, "a tie ends it"
     said = {row[0]: row[-1] for row in report.step_rows(Outcomes(ledger), "bytes-adamw", 4)}
     assert said["topk 1 %"] == "more than 1000 Mbit/s" and said["fp16 hook"] == "at all rates"
     assert said["DS-Sync, groups of 2"] == "at none"

@@ -69,11 +69,26 @@ class Outcomes:
         return over(turns)
 
     def step_ends(self, task: str, method: str, ranks: int) -> float | None:
-        """The link's rate in Mbit/s from which plain DDP's step is as short; None where the method's stays shorter.
+        """The link's rate in Mbit/s up to which the method's step is shorter than plain DDP's by more than the spread.
 
-        0 where it is not shorter at the lowest rate. See :func:`_ends`.
+        0 where it is not at the lowest rate, infinite where only that of the unshaped link is not, None where all are.
+        Between two measured rates a step takes a + b / rate.
         """
-        return _ends(self, lambda name, mbit: self.step_time(task, name, ranks, mbit), method, "dense")
+        rates = {row["mbit"] for row in self.ledger.find(kind="speed", task=task, method=method, ranks=ranks)}
+        before = None
+        for mbit in sorted(rates, key=lambda rate: rate or math.inf):
+            ours, dense = (self.step_time(task, name, ranks, mbit) for name in (method, "dense"))
+            if ours is None or dense is None:
+                continue
+            gain, inverse = dense.middle - ours.middle, 1 / mbit if mbit else 0.0
+            if gain <= 0 or 1.0 in dense / ours:
+                if before is None:
+                    return 0.0
+                if gain < 0:  # else it is a tie just here
+                    inverse += (before[0] - inverse) * -gain / (before[1] - gain)
+                return 1 / inverse if inverse else math.inf
+            before = inverse, gain
+        return None
 
     # ---- losses ----
 
@@ -154,23 +169,6 @@ class Outcomes:
         """The peer that gets there first."""
         times = {method: self.time_to(task, method, share, ranks, mbit) for method in self.methods(task)}
         return min((m for m, time in times.items() if time and is_peer(m)), key=lambda m: times[m].middle, default=None)
-
-
-def _ends(outcomes, time, method, against):
-    """Between two measured rates a step takes a + b / rate; the unshaped link's 1 / rate is 0."""
-    rates = {row["mbit"] for row in outcomes.ledger.find(kind="speed", method=method, status="done")}
-    gains = []
-    for mbit in sorted(rates, key=lambda rate: rate or math.inf):
-        ours, theirs = time(method, mbit), time(against, mbit)
-        if ours and theirs:
-            gains.append((1 / mbit if mbit else 0.0, theirs.middle - ours.middle))
-    if not gains or gains[0][1] <= 0:
-        return 0.0 if gains else None
-    for (inverse, gain), (next_inverse, next_gain) in itertools.pairwise(gains):
-        if next_gain <= 0:
-            crossing = inverse + (next_inverse - inverse) * gain / (gain - next_gain)
-            return 1 / crossing if crossing else math.inf
-    return None
 
 
 def _crossing(curve, target):
