@@ -135,6 +135,13 @@ def test_a_step_by_hand():
     # A callback's own collective waits its turn.
     chain = Script((sends(1.0),), (Local(0.5), sends(1.0), Wait()))
     assert step_time(compute.in_one_bucket(), [chain], link) == pytest.approx(5.5)
+    # Callbacks share a processor: one has it from 2 to 3, the other, there at 2.5, from then on.
+    one, other = Script((sends(1.0),), (Local(1.0),)), Script((sends(0.5),), (Local(0.5),))
+    assert step_time(compute, [one, other], link) == pytest.approx(4.5)
+    # And while one waits, another has it: 2 to 2.25 decode, 2.25 to 2.75 decode the other, 3.25 to 3.5 the rest.
+    chain = Script((sends(1.0),), (Local(0.25), sends(1.0), Wait(), Local(0.25)))
+    other = Script((sends(0.1),), (Local(0.5),))
+    assert step_time(compute, [chain, other], link) == pytest.approx(4.5)
     # Averaging replicas comes after all of the step.
     assert step_time(compute, [Script()] * 2, link, Script((sends(1.0),), (Local(0.25),))) == pytest.approx(4.25)
 
@@ -189,6 +196,9 @@ def test_the_fit_finds_the_parameters_that_made_the_rows_and_predicts_the_others
     rows = scale.checked(cases, found, used)
     assert sum(row["fitted"] for row in rows) == len(used) < len(rows)
     assert max(abs(row["error"]) for row in rows) < 0.02
+    for row, case in zip(rows, cases):
+        apart, added = row["predicted_ms"] - row["measured_ms"], row["measured_ms"] - 1e3 * case.compute_s
+        assert row["added_error"] == pytest.approx(apart / added)
 
 
 def test_projections_grow_with_the_ranks_and_do_not_share_cores():
@@ -225,7 +235,9 @@ def test_what_the_model_has_no_law_for_is_named_and_left_out(tmp_path, capsys, m
     record = json.loads((tmp_path / "scale.json").read_text())
     assert {row["method"] for row in record["rows"]} == set(BYTES)
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
-    assert "A model, not a measurement" in scale.footer(record)
+    said = scale.footer(record)
+    assert "A model, not a measurement" in said and "topk's decoding does" in said
+    assert "computation in each is not predicted but the step that was measured there" in said
     heads, cells = scale.table(record)
     assert len(cells) == len(BYTES) and all(len(row) == len(heads) for row in cells)
 

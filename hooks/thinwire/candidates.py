@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.distributed as dist
 
 from thinwire.channel import Channel
+from thinwire.ddp_replicas import check_optimizer
 from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method
 from thinwire.reducer import Reducer
 from thinwire.rehearsal import Echo, Hook
-from thinwire.schedules import default_group_size
+from thinwire.schedules import Hosts, default_group_size
 from thinwire.stats import Stats
 
 PLAIN = "plain DDP"
@@ -33,14 +35,25 @@ def plain() -> Candidate:
     return Candidate(PLAIN, PLAIN, _default_hook("allreduce_hook"))
 
 
-def by_default(world_size: int) -> tuple[Method | str, ...]:
-    """What is worth asking about."""
-    found = ["fp16", "powersgd-1", "powersgd-4", BlockSparse(), BlockSparse("permuted"),
-             BlockSparse("shared", density=1 / world_size), BlockSparse("topk", density=0.01),
-             BlockSparse("nominated", density=0.01), BlockSparse("nominated", density=0.04)]  # fmt: skip
+def by_default(world_size: int, gloo: bool) -> tuple[Method | str, ...]:
+    """What is worth asking about. Elastic is not among it: what is late depends on the gradients."""
+    found = ["fp16", *([] if gloo else ["bf16"]), "powersgd-1", "powersgd-4", Dense(wire_dtype=torch.bfloat16),
+             BlockSparse(), BlockSparse("permuted"), BlockSparse("shared", density=1 / world_size),
+             BlockSparse("topk", density=0.01), BlockSparse("nominated", density=0.01),
+             BlockSparse("nominated", density=0.04)]  # fmt: skip
     if world_size > 2 and world_size % 2 == 0:
         found.append(DivideAndShuffle(2))
     return tuple(found)
+
+
+def over_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether it is Gloo that carries the device's tensors."""
+    return carrier(dist.get_backend_config(group), device.type) == "gloo"
+
+
+def carrier(backends: str, device: str) -> str:
+    """The backend of a kind of device, from such as "cpu:gloo,cuda:nccl"."""
+    return dict(pair.split(":", 1) for pair in backends.split(",") if ":" in pair).get(device, backends)
 
 
 def in_16_bits(what: Method | str) -> Method | None:
@@ -54,7 +67,7 @@ def candidate(what: Method | str, gloo: bool) -> Candidate:
     """Raises TypeError or ValueError for what cannot be predicted."""
     if isinstance(what, str):
         if what == "bf16" and gloo:
-            raise ValueError("advise cannot predict 'bf16': DDP refuses PyTorch's bf16 hook on Gloo; ask about 'fp16', "
+            raise ValueError("advise cannot predict 'bf16' on Gloo: PyTorch's bf16 hook needs NCCL; ask about 'fp16', "
                              "or thinwire.Dense(wire_dtype=torch.bfloat16)")  # fmt: skip
         if what in _CASTS:
             return Candidate(f"PyTorch's {what} hook", what, _default_hook(_CASTS[what]))
@@ -65,6 +78,9 @@ def candidate(what: Method | str, gloo: bool) -> Candidate:
     elif isinstance(what, (BlockSparse, Dense)):
         return Candidate(label(what), what, _channel(what))
     elif isinstance(what, DivideAndShuffle):
+        if what.overlap != "none" or what.global_every or what.schedule == "hosts" or isinstance(what.schedule, Hosts):
+            raise ValueError(f"advise cannot predict {label(what)}: it knows rounds after the step, in groups on one "
+                             "link; ask without overlap, global_every and hosts, and measure those")  # fmt: skip
         return Candidate(label(what), what, None)
     elif isinstance(what, Elastic):
         raise TypeError(
@@ -141,10 +157,27 @@ def _channel(method):
     return make
 
 
-def named(given: Sequence[Method | str] | None, world_size: int, gloo: bool) -> list[Candidate]:
-    """Plain DDP and what was asked for. Raises TypeError or ValueError."""
+def named(given: Sequence[Method | str] | None, world_size: int, gloo: bool, optimizer: torch.optim.Optimizer | None,
+          names: dict[torch.Tensor, str]) -> list[Candidate]:  # fmt: skip
+    """Plain DDP and what was asked for. Raises TypeError or ValueError.
+
+    names: of the parameters. DivideAndShuffle needs an optimizer that it can follow; without, None is all the others.
+    """
     if given is not None and (isinstance(given, (str, Method)) or not isinstance(given, Sequence)):
         raise TypeError(f"advise(methods={given!r}): methods must be a list of thinwire methods and names")
     if given is not None and not given:
         raise ValueError("advise(methods=[]): methods must hold at least one; None is those worth asking about")
-    return [plain(), *(candidate(what, gloo) for what in (by_default(world_size) if given is None else given))]
+    found = [plain()]
+    for what in by_default(world_size, gloo) if given is None else given:
+        one = candidate(what, gloo)
+        try:
+            if one.make is None:
+                if world_size > 1:
+                    what.partitions(world_size)
+                check_optimizer(what, optimizer, [(name, p) for p, name in names.items()])
+        except (TypeError, ValueError):
+            if given is not None:
+                raise
+            continue
+        found.append(one)
+    return found

@@ -19,6 +19,7 @@ Gloo's all-reduce and all-gather are rings. All of an all-to-all's messages are 
 another's, but they get in each other's way at the receivers: ``Link.all_to_all`` is the share of the rate that is left.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,7 +185,8 @@ def step_time(compute: Compute, scripts: Sequence[Script], link: Link, at_end: S
 
     A hook's body delays the rest of the backward pass; what it started runs beside that. The step ends with the rest
     of compute (optimizer and so on) once all buckets are there. at_end: done after that, as averaging replicas is.
-    Collectives get the link in the order in which they are started, those of callbacks after those of bodies.
+    Collectives get the link in the order in which they are started, those of callbacks after those of bodies; one
+    processor does the work of all callbacks, beside the one that does the backward pass.
     """
     wire = _Wire(link)
     late, arrivals = 0.0, []
@@ -192,11 +194,28 @@ def step_time(compute: Compute, scripts: Sequence[Script], link: Link, at_end: S
         now, there = _run(script.body, ready + late, wire)
         late = now - ready
         arrivals.append((max(now, there), script.after))
-    ends = [compute.ready_s[-1] + late]
-    for begin, events in sorted(arrivals, key=lambda arrival: arrival[0]):
-        ends.append(max(_run(events, begin, wire)))
+    ends = [compute.ready_s[-1] + late, *_callbacks(arrivals, wire)]
     end = max(ends) + compute.step_s - compute.ready_s[-1]
     return end if at_end is None else max(_run(at_end.body + (Wait(),) + at_end.after, end, wire))
+
+
+def _callbacks(arrivals, wire):
+    """When each is done. arrivals: (when it may begin, its events). Their work is done in the order in which it comes
+    up."""
+    free, ends = 0.0, []
+    queue = [(begin, i, begin, events) for i, (begin, events) in enumerate(arrivals)]
+    heapq.heapify(queue)
+    while queue:
+        now, i, there, events = heapq.heappop(queue)
+        if not events:
+            ends.append(max(now, there))
+            continue
+        if isinstance(events[0], Local):
+            now = free = max(now, free) + events[0].seconds
+        else:
+            now, there = _run_one(events[0], now, there, wire)
+        heapq.heappush(queue, (now, i, there, events[1:]))
+    return ends
 
 
 class _Wire:
@@ -215,10 +234,13 @@ def _run(events, now, wire):
     """When the events are done, and when the last collective that they started is there."""
     there = now
     for event in events:
-        if isinstance(event, Local):
-            now += event.seconds
-        elif isinstance(event, Start):
-            there = max(there, wire.start(event.collective, now))
-        else:
-            now = max(now, there)
+        now, there = _run_one(event, now, there, wire)
     return now, there
+
+
+def _run_one(event, now, there, wire):
+    if isinstance(event, Local):
+        return now + event.seconds, there
+    if isinstance(event, Start):
+        return now, max(there, wire.start(event.collective, now))
+    return max(now, there), there

@@ -8,6 +8,7 @@ against a step with a noop hook is DDP's copying of gradients into its buckets a
 
 import contextlib
 import copy
+import inspect
 import random
 import statistics
 import sys
@@ -76,8 +77,10 @@ def measure(ddp, make_batch: Callable, loss_fn: Callable, optimizer, names: dict
 
 @contextlib.contextmanager
 def undisturbed(ddp, parameters: list[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Put back whatever a forward pass changes: buffers, DDP's own flags, and the state of the random generators."""
-    buffers = {buffer: buffer.detach().clone() for buffer in ddp.module.buffers()}
+    """Put back what a forward pass changes: buffers (the tensors, and what was in them), DDP's own flags, and the
+    state of the random generators. What else a module keeps, in attributes of Python, stays as the pass leaves it."""
+    registered = [(m._buffers, dict(m._buffers)) for m in ddp.module.modules() if isinstance(m._buffers, dict)]
+    values = {buffer: buffer.detach().clone() for buffer in ddp.module.buffers()}
     hooks = {p: p._backward_hooks for p in parameters}
     flags = {name: getattr(ddp, name) for name in _QUIET if hasattr(ddp, name)}
     with generators_kept():
@@ -92,14 +95,18 @@ def undisturbed(ddp, parameters: list[torch.Tensor], device: torch.device) -> It
             for p, before in hooks.items():
                 if before is None:
                     p._backward_hooks = None
+            for buffers, before in registered:
+                buffers.clear()
+                buffers.update(before)
             with torch.no_grad():
-                for buffer, before in buffers.items():
+                for buffer, before in values.items():
                     buffer.copy_(before)
 
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the global random generators back: PyTorch's on every device, Python's, and NumPy's if it is in use."""
+    """Put the global random generators back: PyTorch's of the CPU and, where CUDA is in use, of its devices, Python's,
+    and NumPy's if it is in use."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     before = None if numpy is None else numpy.random.get_state()
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -119,7 +126,10 @@ def _gradients(loss, parameters):
         is_tensor = isinstance(loss, torch.Tensor)
         found = f"a tensor of shape {list(loss.shape)}" if is_tensor else f"a {type(loss).__name__}"
         raise TypeError(f"loss_fn(ddp, batch) gave {found}: it must return the loss, a tensor of one element")
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
+        raise TypeError("a gradient is sparse: thinwire needs dense ones")
+    return gradients
 
 
 @contextlib.contextmanager
@@ -139,3 +149,11 @@ def _twin(optimizer):
     twin = copy.deepcopy(optimizer, memo)
     twin.copies = {p: memo[id(p)] for group in optimizer.param_groups for p in group["params"]}
     return twin
+
+
+def check_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError where a step cannot be timed by itself."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(f"advise(optimizer={type(optimizer).__name__}): its step needs a closure that computes losses, "
+                        "as often as it likes, so there is no step to predict; ask without optimizer=")  # fmt: skip

@@ -1,8 +1,9 @@
 """What a communication hook does, without a network: run on this rank alone, it tells its work and its collectives.
 
-:class:`Echo` is a process group whose collectives are there at once, with what would have come had every rank sent
-the same. A hook that is run over it does all of its own work, encoding and decoding and what its exchange adds up, and
-leaves a :class:`thinwire.cost.Script` behind: seconds of its own, and what it started and waited for between them.
+:class:`Echo` is a process group whose collectives are there at once: what is gathered or exchanged is what would have
+come had every rank sent the same, and of an all-reduce what this rank gave comes back, once. A hook that is run over
+it does all of its own work, encoding and decoding and what its exchange adds up, and leaves a
+:class:`thinwire.cost.Script` behind: seconds of its own, and what it started and waited for between them.
 """
 
 import time
@@ -11,10 +12,56 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from thinwire import agree
 from thinwire.cost import Collective, Local, Script, Start, Wait
+from thinwire.exchange import gather_objects
 
 # hook(bucket) of one method: gives the future of the averaged bucket.
 Hook = Callable[["Bucket"], torch.futures.Future]
+
+
+class Refused(ValueError):
+    """What went wrong on some rank, raised on all of them."""
+
+
+def together(gather: Callable[[object], list], run: Callable[[], object]):
+    """Run something on every rank; where it raises on one, all raise Refused. Of collectives it may use
+    :func:`gathered` alone, or some would wait there for the rank that raised."""
+    result = failure = None
+    try:
+        result = run()
+    except Exception as error:  # whatever a user's function raises
+        failure, inner = error, error
+        while inner is not None:
+            if isinstance(inner, Refused):  # the others know. torch.distributed may put an error of its own around it
+                raise inner from None
+            inner = inner.__context__
+
+    def check():
+        if failure is not None:
+            raise ValueError(f"advise: {type(failure).__name__}: {failure}")
+        return {}
+
+    try:
+        agree.check_together(gather, check)
+    except ValueError as error:
+        raise Refused(str(error)) from failure
+    return result
+
+
+def gathered(gather: Callable[[object], list], thing: object) -> list:
+    """What every rank gives, on a way that all go :func:`together`: one that raised has its refusal in its place."""
+    everyone = []
+
+    def swap(nothing):
+        everyone.extend(gather(("", thing)))
+        return [(refusal, {}) for refusal, _ in everyone]
+
+    try:
+        agree.check_together(swap, dict)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    return [given for _, given in everyone]
 
 
 class Bucket:
@@ -45,7 +92,7 @@ class Bucket:
 class Echo(dist.ProcessGroup):
     """A process group of ``size`` ranks that only this rank knows of; see above.
 
-    real: the group whose ranks rehearse together. What is gathered as int32 goes through it: nominations, on whose
+    real: the group whose ranks rehearse together. What is gathered as int32 is gathered there: nominations, on whose
     union the rest of the work depends. The clock stands still meanwhile.
     """
 
@@ -82,8 +129,8 @@ class Echo(dist.ProcessGroup):
     def all_gather_single(self, output, given, options=None):
         self._pause()
         if given.dtype == torch.int32:
-            gather = getattr(self._real, "all_gather_single", self._real._allgather_base)
-            gather(output, given).wait()
+            everyone = gathered(lambda thing: gather_objects(thing, self._real), given.to("cpu", copy=True))
+            output.view(self.size(), -1).copy_(torch.stack(everyone).view(self.size(), -1))
         else:
             output.view(self.size(), -1).copy_(given.reshape(1, -1).expand(self.size(), -1))
         self._resume()

@@ -7,12 +7,16 @@ from itertools import accumulate, chain
 import torch
 import torch.distributed as dist
 
-from thinwire import agree, candidates, link
+from thinwire import candidates, link
+from thinwire.averager import float_buffers
 from thinwire.candidates import Candidate
 from thinwire.cost import Collective, Compute, Local, Script, Start, step_time
 from thinwire.exchange import gather_objects
+from thinwire.memory import wide
 from thinwire.methods import DivideAndShuffle
-from thinwire.rehearsal import Bucket, Echo, clock, rehearse
+from thinwire.names import parameter_names
+from thinwire.rehearsal import Bucket, Echo, clock, rehearse, together
+from thinwire.replicas import moment_names, moments_every
 
 REHEARSALS = 3
 
@@ -21,19 +25,21 @@ class Trial:
     """Predicts steps, the same on every rank. Making it is a collective that measures the link.
 
     cut: the names of the parameters in each bucket of DDP, in the order in which they become ready. gradients: this
-    rank's, by name. compute: when they are ready, and the step without communication. replica_bytes: what
-    DivideAndShuffle averages. copies: whether DDP's copying in and out of its buckets has to be added to compute.
+    rank's, by name. compute: when they are ready, and the step without communication. replica_bytes: what of them a
+    method averages in a round, see below. copies_in, copies_out: whether DDP's copying into its buckets, and out of
+    them, has to be added to compute.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, cut: Sequence[tuple[str, ...]],
-                 gradients: dict[str, torch.Tensor], compute: Compute, replica_bytes: int, copies: bool):  # fmt: skip
+                 gradients: dict[str, torch.Tensor], compute: Compute,
+                 replica_bytes: Callable[[DivideAndShuffle], float], copies_in: bool, copies_out: bool):  # fmt: skip
         self.group, self.device, self.compute = group, device, compute
         self._cut, self._gradients, self._replica_bytes = cut, gradients, replica_bytes
         self._gather = lambda thing: gather_objects(thing, group)
         self._bytes = sum(g.numel() * g.element_size() for g in gradients.values())
         self.link = link.measure(group, device, 2 * self._bytes)
         self._copies = self._agreed(lambda: [self._copying(names) for names in cut])
-        self._added = self._copies if copies else [Script()] * len(cut)
+        self._added = [Script(copy.body * copies_in, copy.after * copies_out) for copy in self._copies]
 
     @property
     def alone_s(self) -> float:
@@ -82,11 +88,8 @@ class Trial:
         return Script((Local(there),), (Local(back),))
 
     def _averaging(self, method: DivideAndShuffle):
-        """A round among replicas, after the step, as overlap="none" does it."""
-        share = 1.0
-        if method.blocks is not None:
-            share = method.blocks.density_at(0, self.group.size())
-        nbytes, ranks = share * self._replica_bytes, candidates.ranks_in_a_group(method, self.group.size())
+        """A round among replicas, after the step, as overlap="none" does it; a mean, where not all rounds are alike."""
+        nbytes, ranks = self._replica_bytes(method), candidates.ranks_in_a_group(method, self.group.size())
         there, back = (sum(getattr(s, part)[0].seconds for s in self._copies) for part in ("body", "after"))
         ratio = nbytes / self._bytes
         return Script((Local(ratio * there), Start(Collective("all_reduce", nbytes, ranks))), (Local(ratio * back),))
@@ -100,37 +103,22 @@ class Trial:
         return [_typical(scripts, max) for scripts in zip(*everyone)]
 
 
-def together(gather: Callable[[object], list], run: Callable[[], object]):
-    """Run something on every rank; where it raises on one, all raise ValueError."""
-    result = failure = None
-    try:
-        result = run()
-    except Exception as error:  # whatever a user's function raises
-        failure = error
-
-    def check():
-        if failure is not None:
-            raise ValueError(f"advise: {type(failure).__name__}: {failure}")
-        return {}
-
-    try:
-        agree.check_together(gather, check)
-    except ValueError as error:
-        raise error from failure
-    return result
 
 
 def buckets(ddp, order: Sequence[str], parameters: dict[str, torch.Tensor]) -> list[tuple[str, ...]]:
     """Names of the parameters in each bucket that DDP makes of them after its first step, in order.
 
-    order: that in which their gradients are ready.
+    order: that in which their gradients are ready. With find_unused_parameters DDP stays with the buckets that it made
+    at first, from the end of the model.
     """
+    rebuilt = ddp.static_graph or not ddp.find_unused_parameters
+    order = order if rebuilt else list(parameters)
     most = ddp.bucket_bytes_cap
     first = min(most, dist._DEFAULT_FIRST_BUCKET_BYTES)
     if hasattr(ddp, "_bucket_config"):
         first = ddp._bucket_config.first_bucket_bytes_cap
     cut, _ = dist._compute_bucket_assignment_by_size([parameters[name] for name in order], [first, most])
-    return [tuple(order[i] for i in bucket) for bucket in cut]
+    return [tuple(order[i] for i in bucket) for bucket in (cut if rebuilt else reversed(cut))]
 
 
 def rising(times: Iterable[float]) -> tuple[float, ...]:
@@ -138,11 +126,16 @@ def rising(times: Iterable[float]) -> tuple[float, ...]:
     return tuple(accumulate(times, max))
 
 
-def replica_bytes(ddp, optimizer: torch.optim.Optimizer | None) -> int:
-    """What DivideAndShuffle averages in a round: parameters and buffers, and Adam's moments where there are any."""
-    copies = 3 if optimizer is not None and any("betas" in group for group in optimizer.param_groups) else 1
-    buffers = sum(b.numel() * b.element_size() for b in ddp.module.buffers() if b.is_floating_point())
-    return copies * sum(p.numel() * p.element_size() for p in ddp.module.parameters() if p.requires_grad) + buffers
+def replica_bytes(ddp, optimizer: torch.optim.Optimizer, method: DivideAndShuffle) -> float:
+    """What a rank gives to the average of a round: parameters or their blocks, buffers, and Adam's moments where it is
+    their turn. In a round's own precision."""
+    size = lambda tensors: sum(t.numel() * wide(t.dtype).itemsize for t in tensors)
+    parameters = size(parameter_names(ddp.module, ddp.parameters_to_ignore))
+    share = 1.0 if method.blocks is None else method.blocks.density_at(0, ddp.process_group.size())
+    buffers = float_buffers(ddp.module, ddp.parameters_to_ignore) if method.average_buffers else ()
+    every = moments_every(method, optimizer)
+    moments = len(moment_names(optimizer)) / every if every else 0
+    return (share + moments) * parameters + size(buffer for _, buffer in buffers)
 
 
 def _typical(scripts: Sequence[Script], of: Callable) -> Script:
