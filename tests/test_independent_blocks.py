@@ -351,6 +351,54 @@ def test_the_tables_rate_is_corollary_2s_and_nothing_at_the_figures_step():
         assert rate(3) == pytest.approx(0, abs=1e-15)
 
 
+@pytest.mark.parametrize("kind,problem", [(SharedISAGA, Logistic("breast cancer", 10)),
+                                          (DistributedISAGA, Quadratics(8, parts=4))])  # fmt: skip
+@pytest.mark.parametrize("times", [1 / 3, 1, 5])
+def test_isagas_distance_and_table_error_shrink_as_theorems_2_and_5_say(kind, problem, times):
+    """From a table of zeros, of noise, and of the opposite of what would help."""
+    n, L, N, solution = problem.workers, problem.L_sample, problem.samples, problem.solution
+    seeds = MANY[:100]
+    tau = round(times / n * problem.dim) / problem.dim
+    gamma = algorithms.isaga_step(L, n, tau, 4)
+    c = algorithms._isaga_constant(L, n, tau, gamma)
+    assert times < 1 or c == pytest.approx((1 / (gamma * L) - 1 / n - tau) / n), "the paper's"
+    left = 1 - algorithms.isaga_rate(L, problem.mu, n, tau, N, gamma)
+    assert left < 1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(problem.dim, generator=generator, dtype=torch.float64)
+    at = lambda point: problem.sample_gradients(point[None], torch.arange(N)[None])[0]
+    noise = torch.randn(N, problem.dim, generator=generator, dtype=torch.float64) * at(x).std()
+    for table in (torch.zeros(N, problem.dim, dtype=torch.float64), at(solution) + noise, 2 * at(solution) - at(x)):
+        algorithm = kind(problem, x.expand(len(seeds), -1), gamma, Masks(problem, tau, seeds), seeds)
+        algorithm.table = table.repeat(len(seeds), 1, 1)
+        algorithm.mean = table.view(algorithm.mean.shape[1], -1, problem.dim).mean(1).repeat(len(seeds), 1, 1)
+        phi = lambda one=algorithm: (one.x - solution).square().sum(1) + c * gamma**2 * (
+            one.table - at(solution)
+        ).square().sum((1, 2))  # fmt: skip
+        start = phi()[0]
+        for t in range(10):
+            algorithm.step(t)
+            now = phi()
+            assert now.mean() <= start * left ** (t + 1) + 3 * now.std() / len(seeds) ** 0.5
+
+
+def test_isagas_bound_starts_with_the_tables_error_and_covers_the_gap():
+    problem, n = Logistic("breast cancer", 10), 10
+    made = figures.isaga("10", "breast cancer", problem, 1 / n, slack=4, gap=True)
+    gamma, x = n / (5 * problem.L_sample), problem.start((0,))
+    weights = torch.sigmoid(-problem.rows @ problem.solution)[:, None]
+    at_solution = problem.mu * problem.solution - weights * problem.rows
+    error = problem.solution.square().sum() + 3 / n**2 * gamma**2 * at_solution.square().sum()
+    assert made.bound(0) == pytest.approx((problem.L / 2 * error / problem.gap(x)[0]).item())
+    assert made.bound(0) > 1 and made.bound(7) == pytest.approx(made.bound(0) * (1 - 1 / (3 * 540)) ** 7)
+    algorithm = made.make(SEEDS)
+    for t in range(200):
+        algorithm.step(t)
+        assert problem.gap(algorithm.x).mean() / problem.gap(x)[0] <= made.bound(t + 1)
+    distributed = figures.isaga("1 = 9", "quadratics", Quadratics(4, parts=4), 1 / 4, 4, DistributedISAGA)
+    assert distributed.bound(0) == 1, "all gradients of its samples are 0 at x*, as the table is"
+
+
 def test_importance_sampling_draws_a_share_tau_and_descends():
     problem = Quadratics(4)
     algorithm = ImportanceCD(problem, problem.start(MANY), 1 / 4, MANY)

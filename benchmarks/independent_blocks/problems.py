@@ -115,7 +115,10 @@ class Logistic:
         return self.loss(x) - self._least
 
     def noise(self):
-        """The largest mean squared distance of a sample's gradient from its worker's, of those at 0 and at x*."""
+        """Mean squared distance of a sample's gradient from its worker's: the larger of that at 0 and that at x*.
+
+        An estimate of the largest at any x, which theorem 6 is about and which may be more.
+        """
         found = []
         for x in (torch.zeros_like(self.solution), self.solution):
             g = -torch.sigmoid(-self.dealt @ x)[..., None] * self.dealt
