@@ -190,7 +190,9 @@ def _write_readme(outcomes):
         f"{TASKS[task].label}: ms a step, mean (of the fastest turn to the slowest). {origin}\n\n"
         "![Step time against link rate](benchmarks/results/train_rates.png)",
     )  # fmt: skip
-    record.write_readme_block("train direct", DIRECT_HEADS, direct_rows(outcomes), f"Seed {plan.SEEDS[0]}. {origin}")
+    direct = direct_rows(outcomes)
+    if direct:
+        record.write_readme_block("train direct", DIRECT_HEADS, direct, f"Seed {plan.SEEDS[0]}. {origin}")
 
 
 def _origin(outcomes):
