@@ -126,10 +126,10 @@ def _run(net, args, name, row):
     patience = 30 + (4 * 20e6 * 8 / (args.mbit * 1e6) if args.mbit else 0)
     command = [sys.executable, str(HERE / "demo_rank.py"), "--method", name, "--seconds", str(args.seconds),
                "--seed", str(args.seed), "--patience", str(patience)]  # fmt: skip
-    return row.finish(net.run(command, env=_paths(), on_line=row.on_line))
+    return row.finish(net.run(command, env=import_paths(), on_line=row.on_line))
 
 
-def _paths():
+def import_paths():
     """The ranks import the thinwire that this process imported."""
     package = str(Path(thinwire.__file__).resolve().parent.parent)
     return {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}

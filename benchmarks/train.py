@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from demo import _paths
+from demo import import_paths
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from suite import plan
@@ -146,7 +146,7 @@ class Runner:
             json.dump([run.for_rank() for run in runs], file)
             file.flush()
             command = [sys.executable, str(HERE / "train_rank.py"), file.name, "--patience", str(self.patience)]
-            status = net.run(command, env=_paths(), on_line=on_line)
+            status = net.run(command, env=import_paths(), on_line=on_line)
         if status == 0 and kept == len(runs):
             return []
         return self._after_a_failure(runs[kept:], said, bar)

@@ -33,12 +33,7 @@ SEEDS = (0, 1, 2, 3, 4)
 MANY = tuple(range(400))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def distances(problem, algorithm, steps):

@@ -34,12 +34,7 @@ def line(first, last, steps=100):
     return [[step, step / 10, first + (last - first) * step / steps] for step in range(0, steps + 1, 10)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Ledger:
         """of: a row whose machine, versions and code count, instead of the ones here."""
         self.path = path
         self._about = about()
-        self.machine, self.versions, self.code = _measured_with(of or self._about)
+        self.machine, _, self.code = _measured_with(of or self._about)
         everything = _rows(path)
         self.rows = [row for row in everything if _measured_with(row) == _measured_with(of or self._about)]
         self.others = len(everything) - len(self.rows)

@@ -37,7 +37,7 @@ def _panels(outcomes, panels, draw_one, path):
         ax.legend(fontsize=7)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 

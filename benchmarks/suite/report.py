@@ -187,7 +187,8 @@ def _write_readme(outcomes):
     record.write_readme_block(
         "train steps", ("ranks", *STEP_HEADS),
         [(str(ranks), *row) for ranks in plan.ALL_RANKS for row in step_rows(outcomes, task, ranks)],
-        f"{TASKS[task].label}: ms a step, mean (of the fastest turn to the slowest). {origin}\n\n"
+        f"{TASKS[task].label}: ms a step, mean (of the fastest turn to the slowest). Horovod's methods take "
+        f"turns among themselves. {origin}\n\n"
         "![Step time against link rate](benchmarks/results/train_rates.png)",
     )  # fmt: skip
     direct = direct_rows(outcomes)
@@ -197,5 +198,6 @@ def _write_readme(outcomes):
 
 def _origin(outcomes):
     row = outcomes.ledger.rows[-1]
-    return record.origin({"command": "python benchmarks/train.py --full", "date": row["date"][:10],
-                          "machine": row["machine"], "versions": row["versions"]})  # fmt: skip
+    command = "python benchmarks/train.py --report --out benchmarks/results --readme"
+    return record.origin({"command": command, "date": row["date"][:10], "machine": row["machine"],
+                          "versions": row["versions"]})  # fmt: skip
