@@ -51,16 +51,19 @@ def origin(record: dict) -> str:
             f"({record['machine']['cpu']}), PyTorch {record['versions']['torch']}.")  # fmt: skip
 
 
+def markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table; the first column is left-aligned, the others right."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
 def write_readme_block(name: str, heads: tuple[str, ...], rows: list[tuple[str, ...]], footer: str) -> None:
     """Put a table, and lines under it, between README.md's marks ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises SystemExit where README.md has no such marks.
     """
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", footer]
     text = README.read_text()
     block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
     if not block.search(text):
         raise SystemExit(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->")
-    README.write_text(block.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text))
+    README.write_text(block.sub(lambda m: f"{m[1]}{markdown(heads, rows)}\n\n{footer}\n{m[2]}", text))

@@ -162,22 +162,24 @@ def test_what_cannot_be_is_refused():
         exchanges(thinwire.DivideAndShuffle(), (10,), 2)
 
 
-TRUE = scale.Fit(0.0004, 1.02, 4e-9, 0.3, 0.2, {"dense": 2e-9, "fp16": 5e-9, "powersgd-1": 9e-9, "independent": 3e-9,
-                 "topk-1": 6e-9, "nominated-1": 5e-9}, {}, cores=2)  # fmt: skip
+FIXED = {"dense": 1e-3, "fp16": 2e-3, "powersgd-1": 5e-3, "independent": 3e-3, "topk-1": 0.0, "nominated-1": 2e-3}
+LOCAL = {"dense": 2e-9, "fp16": 5e-9, "powersgd-1": 9e-9, "independent": 3e-9, "topk-1": 6e-9, "nominated-1": 5e-9}
+TRUE = scale.Fit(0.0004, 1.02, 4e-9, 0.3, 0.2, dict.fromkeys(FIXED, 0.0), LOCAL, {}, cores=2)
 BYTES = {"dense": 4.0, "fp16": 2.0, "powersgd-1": 0.02, "independent": 1.05, "topk-1": 1.05, "nominated-1": 1.05}
 
 
-def speed_rows(ranks=(2, 4, 8), rates=(50.0, 100.0, 1000.0), elements=1_000_000):
+def speed_rows(ranks=(2, 4, 8), rates=(50.0, 100.0, 1000.0), elements=1_000_000, task="t", fixed=None):
     """Rows as the suite writes them, of steps that the model takes exactly."""
-    true = dataclasses.replace(TRUE, scale={("t", method): factor for method, factor in BYTES.items()})
+    true = dataclasses.replace(TRUE, scale={(task, method): factor for method, factor in BYTES.items()},
+                               fixed_s=fixed or TRUE.fixed_s)  # fmt: skip
     for n, mbit in itertools.product(ranks, rates):
         compute = 0.1 * max(1, n / 2)
-        common = {"kind": "speed", "task": "t", "ranks": n, "mbit": mbit, "parameters": elements}
+        common = {"kind": "speed", "task": task, "ranks": n, "mbit": mbit, "parameters": elements}
         yield common | {"method": "noop", "label": "noop", "step_ms": {"median": 1e3 * compute}, "sent_bytes": 0}
         for method, factor in BYTES.items():
-            case = scale.Case("t", method, method, n, mbit, elements, compute, 0.0, 0.0, None)
+            case = scale.Case(task, method, method, n, mbit, elements, compute, 0.0, 0.0, None)
             sent = factor * sum(one.sent for one in scale.kind_of(method).law(elements, n, "ring"))
-            local = 1e3 * TRUE.local_s[method] * max(1, n / 2) * 4 * elements
+            local = 1e3 * (true.fixed_s[method] + true.local_s[method] * 4 * elements) * max(1, n / 2)
             ours = {"encode_ms": 0.75 * local, "decode_ms": 0.25 * local, "exchange_ms": 1.0}
             yield common | {"method": method, "label": method, "step_ms": {"median": 1e3 * true.step_s(case, n)},
                             "sent_bytes": sent} | (ours if method[0] in "itn" else {})  # fmt: skip
@@ -199,6 +201,16 @@ def test_the_fit_finds_the_parameters_that_made_the_rows_and_predicts_the_others
     for row, case in zip(rows, cases):
         apart, added = row["predicted_ms"] - row["measured_ms"], row["measured_ms"] - 1e3 * case.compute_s
         assert row["added_error"] == pytest.approx(apart / added)
+
+
+def test_what_a_method_takes_whatever_the_size_is_found_from_models_of_two_sizes():
+    rows = [*speed_rows(fixed=FIXED), *speed_rows(elements=100_000, task="small", fixed=FIXED)]
+    cases, _ = scale.cases_of(rows)
+    used = [case for case in cases if case.ranks < 8 and case.mbit != 100]
+    found = scale.fit(used, cores=2)
+    for method, seconds in FIXED.items():
+        assert found.fixed_s[method] == pytest.approx(seconds, rel=0.2, abs=2e-4), method
+    assert max(abs(row["error"]) for row in scale.checked(cases, found, used)) < 0.05
 
 
 def test_projections_grow_with_the_ranks_and_do_not_share_cores():
@@ -224,7 +236,7 @@ def test_what_the_model_has_no_law_for_is_named_and_left_out(tmp_path, capsys, m
            "sent_bytes": 1.0, "label": "?"}  # fmt: skip
     rows += [odd | {"method": "elastic"}, odd | {"method": "dense", "mbit": 0.0}]
     rows += [odd | {"method": "dense", "kind": "train"}]
-    of = {"machine": {}, "versions": {}, "code": "this"}
+    of = {"machine": {}, "versions": {}, "code": "this", "data": "this"}
     old = rows[1] | of | {"code": "another", "method": "fp16-of-old"}
     lines = [json.dumps(row) for row in (old, *(row | of for row in rows))]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))

@@ -89,6 +89,22 @@ def test_the_code_is_what_steps_run(monkeypatch, name, more, same):
     assert (ledgers.code() == before) == same and len(before) == 12
 
 
+def test_a_change_of_one_tasks_data_leaves_the_other_tasks_rows(ledger, monkeypatch):
+    keys = [training(task=task).key("dense") for task in ("bytes-adamw", "digits")]
+    for key in keys:
+        ledger.add(key, result(line(4, 2)))
+    read = ledgers.Path.read_bytes
+    changed = lambda path: read(path) + (b"x = 1\n" if path.name == "examples.py" else b"")
+    monkeypatch.setattr(ledgers.Path, "read_bytes", changed)
+    assert not ledger.is_current()
+    again = Ledger(ledger.path)
+    assert [row["task"] for row in again.rows] == ["bytes-adamw"] and again.others == 1
+    assert [row["task"] for row in Ledger.of_newest(ledger.path).rows] == ["bytes-adamw", "digits"]
+    again.add(keys[1], result(line(4, 3)))
+    newest = Ledger.of_newest(ledger.path)
+    assert newest.others == 1 and newest.find(task="digits") == again.find(task="digits") != []
+
+
 def test_a_line_cut_off_by_an_interruption_is_not_a_result(ledger):
     ledger.add(training().key("dense"), result(line(4, 2)))
     with ledger.path.open("a") as file:
@@ -270,14 +286,18 @@ def test_the_report_prints_draws_and_rewrites_the_readme(ledger, tmp_path, monke
     run = plan.Training("direct", "bytes-adamw", "dense", LR, "dense", mbit=100.0, steps=100)
     ledger.add(run.key("dense"), result([[s, 11 * t, loss] for s, t, loss in line(4.2, 2.2)]))
     readme = tmp_path / "README.md"
-    names = ("train", "train by rate", "train steps", "train direct")
+    names = ("train", "train overall", "train direct")
     readme.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in names) + "after\n")
     monkeypatch.setattr(record, "README", readme)
     report.show(Ledger.of_newest(ledger.path), tmp_path, readme=True)
     text = readme.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
     assert "| plain DDP | 100.0 | 110.0 | 1.10 | equal |" in text
-    assert text.count("nominated 4 %") == 1 + 1 + 2 and "seeds 1, 2, 3" in text
+    assert text.count("nominated 4 %") == 1 + len(plan.ALL_RATES) and "seeds 1, 2, 3" in text
+    race = "nominated 4 % 5.2 s / PowerSGD rank 1 5.5 s: 1.05, a tie"
+    assert race in text and "| - / plain DDP 100.0 s |" in text, "none of ours gets to the end"
+    written = (tmp_path / "train.md").read_text()
+    assert written.count("| nominated 4 % |") == 1 + 1 + 2 and written.count(race) == len(plan.ALL_RATES)
     assert "PowerSGD rank 1" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*.png")} == {"train_time.png", "train_pareto.png", "train_rates.png"}
 
@@ -441,3 +461,11 @@ def test_every_example_is_one_ranks():
     model.eval()
     total = sum(float(part.held_out_part(model)) for part in parts)
     assert total == pytest.approx(float(whole.held_out_part(model)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name, dims, most", [("digits", (0, 2, 3), 3), ("cancer", 0, 20)])
+def test_examples_are_scaled_and_none_is_blown_up(name, dims, most):
+    data = TASKS[name].data(0, 1, 0)
+    assert data._examples.mean(dims).abs().max() < 1e-5
+    assert data._examples.std(dims) == pytest.approx(torch.ones(data._examples.shape[1]), abs=1e-4)
+    assert data._part[0].abs().max() < most, "pixels never set in training have no deviation to divide by"

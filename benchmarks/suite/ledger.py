@@ -1,13 +1,14 @@
 """Results, a line of JSON a run, appended as they come: an interrupted set goes on where it was.
 
-A row carries what it was measured with: machine, versions, commit, and ``code``, a digest of all that a step runs,
-which two commits share only where nothing of that differs. Rows of another machine, other versions or other code are
-kept and never shown in one table with these.
+A row carries what it was measured with: machine, versions, commit, ``code``, a digest of all that a step of any task
+runs, and ``data``, one of where its own task's model and data are made. Two commits share a digest only where nothing
+of that differs. Rows of another machine, other versions or other code are kept and never shown in one table with these.
 """
 import ast
 import contextlib
 import datetime
 import hashlib
+import inspect
 import json
 import platform
 import statistics
@@ -19,6 +20,7 @@ import thinwire
 from demo import machine
 
 from suite.methods import CONTESTANTS
+from suite.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY_RANKS = ("train_rank.py", "task.py", "thinnet.py", "suite/tasks.py", "suite/methods.py", "suite/worlds.py")
@@ -30,11 +32,20 @@ ASIDE = {
 
 
 def code() -> str:
-    """12 digits that change when anything changes that a measured step or its task runs, but for words."""
+    """12 digits that change when anything changes that a measured step runs, but for words and one task's own."""
     package = Path(thinwire.__file__).parent
     files = [path for path in package.glob("*.py") if path.stem.split("_")[0] not in ASIDE]
     files += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
     files += [ROOT / "benchmarks" / name for name in RUN_BY_RANKS]
+    return _digest(files)
+
+
+def data(task: str) -> str:
+    """12 digits that change when anything changes in the module that makes a task's model and data, but for words."""
+    return _digest([Path(inspect.getsourcefile(TASKS[task].data))])
+
+
+def _digest(files):
     digest = hashlib.sha256()
     for path in sorted(files):
         text = path.read_bytes()
@@ -70,12 +81,15 @@ class Ledger:
     """The rows of one file that belong to this machine, these versions and this code; ``others`` counts the rest."""
 
     def __init__(self, path: Path, of: dict | None = None):
-        """of: a row whose machine, versions and code count, instead of the ones here."""
+        """of: a row whose machine, versions and code count, and each task's newest data, instead of the ones here."""
         self.path = path
-        self._about = about()
-        self.machine, _, self.code = _measured_with(of or self._about)
+        self._about, self._data = about(), {task: data(task) for task in TASKS}
         everything = _rows(path)
-        self.rows = [row for row in everything if _measured_with(row) == _measured_with(of or self._about)]
+        like = _measured_with(of or self._about)
+        self.machine, _, self.code = like
+        alike = [row for row in everything if _measured_with(row) == like]
+        counted = {row["task"]: row["data"] for row in alike} if of else self._data
+        self.rows = [row for row in alike if row["data"] == counted[row["task"]]]
         self.others = len(everything) - len(self.rows)
 
     @classmethod
@@ -88,12 +102,13 @@ class Ledger:
 
     def is_current(self) -> bool:
         """Whether the code here is still what rows are marked with."""
-        return code() == self._about["code"]
+        return code() == self._about["code"] and all(data(task) == was for task, was in self._data.items())
 
     def add(self, key: dict, result: dict) -> dict:
         contestant = CONTESTANTS[key["method"]]
         row = {k: v for k, v in key.items() if v is not None} | {
             "label": contestant.label, "family": contestant.family, "what": contestant.what, **result, **self._about,
+            "data": self._data[key["task"]],
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
         self.rows.append(row)

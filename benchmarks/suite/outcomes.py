@@ -167,8 +167,15 @@ class Outcomes:
 
     def best_peer(self, task: str, share: float, ranks: int, mbit: float) -> str | None:
         """The peer that gets there first."""
-        times = {method: self.time_to(task, method, share, ranks, mbit) for method in self.methods(task)}
-        return min((m for m, time in times.items() if time and is_peer(m)), key=lambda m: times[m].middle, default=None)
+        return self._first(filter(is_peer, self.methods(task)), task, share, ranks, mbit)
+
+    def best_of_ours(self, task: str, share: float, ranks: int, mbit: float) -> str | None:
+        """The method of thinwire that gets there first."""
+        return self._first((m for m in self.methods(task) if not is_peer(m)), task, share, ranks, mbit)
+
+    def _first(self, methods, *where):
+        times = {method: self.time_to(where[0], method, *where[1:]) for method in methods}
+        return min((m for m, time in times.items() if time), key=lambda m: times[m].middle, default=None)
 
 
 def _crossing(curve, target):

@@ -1,4 +1,4 @@
-"""Tables of the benchmark suite: in the terminal, and in README.md."""
+"""Tables of the benchmark suite: in the terminal, all of them in train.md, the main ones in README.md."""
 import math
 from pathlib import Path
 
@@ -15,28 +15,49 @@ AT_RATES = tuple(f"{rate:g} Mbit/s" if rate else "unshaped" for rate in RATES)
 
 
 def show(ledger: Ledger, out: Path, readme: bool = False) -> None:
-    """Print all tables, draw all pictures, and put the main ones into README.md."""
+    """Print all tables, write them into out/train.md, draw all pictures, and put the main ones into README.md."""
     outcomes = Outcomes(ledger)
     print(f"{len(ledger.rows)} rows of code {ledger.code} on {ledger.machine['cores']} cores "
           f"({ledger.machine['cpu']}); {ledger.others} of other machines, versions or code left out")  # fmt: skip
     busy = max((row.get("busy_before") or 0 for row in ledger.rows), default=0)
     if busy > 0.1:
         print(f"Some step times were measured while other work took {busy:.0%} of the processors.")
-    for task in outcomes.tasks:
-        if outcomes.methods(task):
-            where = f"{TASKS[task].label}, {plan.RANKS} ranks"
-            record.print_table(HEADS, quality_rows(outcomes, task), f"{where}, {plan.RATE:g} Mbit/s")
-            record.print_table(BY_RATE_HEADS, by_rate_rows(outcomes, task), f"{where}: s to DDP's half-way")
-        for ranks in plan.ALL_RANKS:
-            rows = step_rows(outcomes, task, ranks)
-            if rows:
-                record.print_table(STEP_HEADS, rows, f"{TASKS[task].label}: ms a step, {ranks} ranks, by link rate")
-    direct = direct_rows(outcomes)
-    if direct:
-        record.print_table(DIRECT_HEADS, direct, "time to quality put together, against measured directly")
+    tables = list(_tables(outcomes))
+    for title, heads, rows in tables:
+        record.print_table(heads, rows, title)
+    written = "\n\n".join(f"## {title}\n\n{record.markdown(heads, rows)}" for title, heads, rows in tables)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train.md").write_text(f"# The benchmark suite\n\n{ABOUT} {_origin(outcomes)}\n\n{written}\n")
     pictures.draw(outcomes, out)
     if readme:
         _write_readme(outcomes)
+
+
+ABOUT = (
+    "In brackets is the range over seeds and turns; what is within it is called a tie. Targets are plain DDP's losses "
+    "half-way and at the end of its own training, seed by seed. Horovod's methods take turns among themselves."
+)
+
+
+def _tables(outcomes):
+    """(title, heads, rows) of each."""
+    overall = overall_rows(outcomes)
+    if overall:
+        yield f"The first of ours and of the peers, {plan.RANKS} ranks", OVERALL_HEADS, overall
+    for task in outcomes.tasks:
+        label = TASKS[task].label
+        if outcomes.methods(task):
+            where = f"{label}, {plan.RANKS} ranks"
+            yield f"{where}, {plan.RATE:g} Mbit/s", HEADS, quality_rows(outcomes, task)
+            yield (f"{where}: s to DDP's half-way, and times the speed of the best peer", BY_RATE_HEADS,
+                   by_rate_rows(outcomes, task))  # fmt: skip
+        for ranks in plan.ALL_RANKS:
+            rows = step_rows(outcomes, task, ranks)
+            if rows:
+                yield f"{label}: ms a step, {ranks} ranks, by link rate", STEP_HEADS, rows
+    direct = direct_rows(outcomes)
+    if direct:
+        yield "Time to quality put together, against measured directly", DIRECT_HEADS, direct
 
 
 # ---- time to quality ----
@@ -118,6 +139,28 @@ def by_rate_rows(outcomes: Outcomes, task: str) -> list[tuple]:
     return rows
 
 
+# ---- everywhere, in short ----
+
+OVERALL_HEADS = ("task", *AT_RATES, f"to DDP's end, {plan.RATE:g} Mbit/s")
+
+
+def overall_rows(outcomes: Outcomes) -> list[tuple]:
+    """A row a task: which of ours and which peer is first at DDP's half-way, and how many times the peer's speed."""
+    return [
+        (TASKS[task].label, *(_race(outcomes, task, HALF, mbit) for mbit in RATES),
+         _race(outcomes, task, END, plan.RATE))
+        for task in outcomes.tasks if outcomes.methods(task)
+    ]  # fmt: skip
+
+
+def _race(outcomes, task, share, mbit):
+    where = share, plan.RANKS, mbit
+    ours, peer = outcomes.best_of_ours(task, *where), outcomes.best_peer(task, *where)
+    told = [f"{CONTESTANTS[m].label} {outcomes.time_to(task, m, *where).middle:.1f} s" if m else "-"
+            for m in (ours, peer)]  # fmt: skip
+    return " / ".join(told) + (f": {_against(outcomes, task, ours, peer, *where)}" if ours and peer else "")
+
+
 # ---- step time against the link's rate ----
 
 STEP_HEADS = ("method", *AT_RATES, "shorter than DDP's up to")
@@ -169,27 +212,19 @@ def direct_rows(outcomes: Outcomes) -> list[tuple]:
 
 def _write_readme(outcomes):
     origin = _origin(outcomes)
-    of_tasks = [task for task in outcomes.tasks if outcomes.methods(task)]
     seeds = sorted({row["seed"] for row in outcomes.ledger.find(kind="train", purpose="quality")})
+    said = f"{plan.RANKS} ranks, seeds {', '.join(map(str, seeds))}. {origin}"
     record.write_readme_block(
-        "train", ("task", *HEADS),
-        [(TASKS[task].label, *row) for task in of_tasks for row in quality_rows(outcomes, task)],
-        f"{plan.RANKS} ranks, {plan.RATE:g} Mbit/s, seeds {', '.join(map(str, seeds))}. {origin}\n\n"
+        "train", HEADS, quality_rows(outcomes, plan.MAIN_TASK),
+        f"{TASKS[plan.MAIN_TASK].label}, {plan.RATE:g} Mbit/s, {said}\n\n"
         "![Held-out loss against training time](benchmarks/results/train_time.png)\n\n"
-        "![Loss against bytes](benchmarks/results/train_pareto.png)",
-    )  # fmt: skip
-    record.write_readme_block(
-        "train by rate", ("task", *BY_RATE_HEADS),
-        [(TASKS[task].label, *row) for task in of_tasks for row in by_rate_rows(outcomes, task)],
-        f"{plan.RANKS} ranks; in brackets the speed against the best peer at that rate. {origin}",
-    )  # fmt: skip
-    task = plan.MAIN_TASK
-    record.write_readme_block(
-        "train steps", ("ranks", *STEP_HEADS),
-        [(str(ranks), *row) for ranks in plan.ALL_RANKS for row in step_rows(outcomes, task, ranks)],
-        f"{TASKS[task].label}: ms a step, mean (of the fastest turn to the slowest). Horovod's methods take "
-        f"turns among themselves. {origin}\n\n"
+        "![Loss against bytes](benchmarks/results/train_pareto.png)\n\n"
         "![Step time against link rate](benchmarks/results/train_rates.png)",
+    )  # fmt: skip
+    record.write_readme_block(
+        "train overall", OVERALL_HEADS, overall_rows(outcomes),
+        "The first of thinwire's methods / the first of the peers (plain DDP, 16-bit hooks, PowerSGD, Horovod), with "
+        f"seconds to plain DDP's half-way loss, and ours in times the peer's speed. {said}",
     )  # fmt: skip
     direct = direct_rows(outcomes)
     if direct:
