@@ -10,7 +10,7 @@ import task
 import thinwire
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
+from suite.methods import CONTESTANTS
 from torch.nn.parallel import DistributedDataParallel
 
 TURN, SKIPPED = 5, 1  # steps of a method before the next has its turn, and how many of them are not counted
@@ -37,13 +37,8 @@ class Contestant:
         self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=1000 if what == "powersgd-1" else None)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         self.seconds = []
-        if label == ALONE:
-            self.ddp.register_comm_hook(None, debugging_hooks.noop_hook)
-        elif what == "fp16":
-            self.ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        elif what == "powersgd-1":
-            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
-            self.ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        if label == ALONE or isinstance(what, str):
+            CONTESTANTS["noop" if label == ALONE else what].attach(self.ddp, self.optimizer)
         elif what is not None:
             thinwire.attach(self.ddp, what, optimizer=self.optimizer)
 

@@ -14,8 +14,8 @@ import task
 import thinwire
 import torch
 import torch.distributed as dist
+from suite import methods
 from thinnet import interface_bytes
-from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 EVALUATIONS = 10  # in a run, at equal distances in training time
@@ -23,21 +23,11 @@ STARTING = 120  # seconds that a busy machine may take until the first step
 UNTYPICAL = 5  # first steps, in which DDP rebuilds its buckets and PowerSGD still sends all
 
 
-def _powersgd(ddp, optimizer):
-    # start_powerSGD_iter is the smallest that it allows: two dense steps.
-    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
-    ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-
-
-def _paper(ddp, optimizer):
-    return thinwire.attach(ddp, thinwire.BlockSparse())
-
-
 BEST = thinwire.BlockSparse("nominated", density=0.04, block_size=16, wire_dtype=torch.float16, warmup_steps=2)
 
 
-def _best(ddp, optimizer):
-    return thinwire.attach(ddp, BEST, optimizer=optimizer)
+def _ours(method):
+    return lambda ddp, optimizer: thinwire.attach(ddp, method, optimizer=optimizer)
 
 
 # Of each method's grid the best after the steps that the demo's time allows it; see results/tuning.json.
@@ -64,16 +54,15 @@ class Contestant:
 
 
 CONTESTANTS = {
-    "noop": Contestant("no exchange at all", lambda ddp, _: ddp.register_comm_hook(None, debugging_hooks.noop_hook),
-                       "AdamW", {"lr": 0.0}, trains=False, fixed_seconds=6),
+    "noop": Contestant("no exchange at all", methods.CONTESTANTS["noop"].attach, "AdamW", {"lr": 0.0}, trains=False,
+                       fixed_seconds=6),
     "dense": Contestant("plain DDP", lambda *_: None, "AdamW", _adamw(3e-3, 0.5)),
-    "fp16": Contestant("PyTorch's fp16 hook",
-                       lambda ddp, _: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
-                       "AdamW", _adamw(5e-4, 0.5)),
+    "fp16": Contestant("PyTorch's fp16 hook", methods.CONTESTANTS["fp16"].attach, "AdamW", _adamw(5e-4, 0.5)),
     # On Gloo PowerSGD hangs as soon as two buckets are in flight, so it gets one, and a watchdog.
-    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", _powersgd, "AdamW", _adamw(2.5e-4, 0.0), one_bucket=True),
-    "paper": Contestant("BlockSparse(), the paper", _paper, "AdamW", _adamw(1e-3, 0.5)),
-    "best": Contestant("BlockSparse, nominated 4 %", _best, "AdamW", _adamw(1e-3, 0.0), one_bucket=True),
+    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", methods.CONTESTANTS["powersgd-1"].attach,
+                           "AdamW", _adamw(2.5e-4, 0.0), one_bucket=True),
+    "paper": Contestant("BlockSparse(), the paper", _ours(thinwire.BlockSparse()), "AdamW", _adamw(1e-3, 0.5)),
+    "best": Contestant("BlockSparse, nominated 4 %", _ours(BEST), "AdamW", _adamw(1e-3, 0.0), one_bucket=True),
 }  # fmt: skip
 
 
@@ -198,7 +187,7 @@ def _overridden(contestant, args):
     if args.knobs == "{}":
         return contestant
     method = dataclasses.replace(BEST, **json.loads(args.knobs))
-    return dataclasses.replace(contestant, attach=lambda ddp, opt: thinwire.attach(ddp, method, optimizer=opt))
+    return dataclasses.replace(contestant, attach=_ours(method))
 
 
 def _arguments():

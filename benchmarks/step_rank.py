@@ -9,8 +9,8 @@ import task
 import thinwire
 import torch
 import torch.distributed as dist
+from suite.methods import CONTESTANTS
 from thinnet import interface_bytes
-from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 TURN = 10  # steps of one method before the next has its turn; the first of them is not counted
@@ -18,6 +18,7 @@ OURS = {
     "nominated": thinwire.BlockSparse("nominated", density=0.01),
     "nominated-bf16": thinwire.BlockSparse("nominated", density=0.01, wire_dtype=torch.bfloat16),
 }
+PEERS = {"noop": CONTESTANTS["noop"], "powersgd": CONTESTANTS["powersgd-1"]}
 
 
 class Contestant:
@@ -30,13 +31,10 @@ class Contestant:
         self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=1000)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         self.handle = None
-        if name == "noop":
-            self.ddp.register_comm_hook(None, debugging_hooks.noop_hook)
-        elif name == "powersgd":
-            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
-            self.ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        else:
+        if name in OURS:
             self.handle = thinwire.attach(self.ddp, OURS[name])
+        else:
+            PEERS[name].attach(self.ddp, self.optimizer)
         self.seconds, self.bytes = [], []
 
     def step(self, batch) -> None:
