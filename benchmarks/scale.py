@@ -6,13 +6,14 @@
 Reads the step times that benchmarks/train.py keeps (results/train.jsonl). A step is taken to be
 
     computation + encoding and decoding + exchange - what of the exchange DDP hides behind the backward pass
-    encoding and decoding = seconds a step + seconds a byte of the gradient, each method's own
+    encoding and decoding = seconds a byte of the gradient, each method's own
     exchange = sum over its collectives (thinwire.cost) of  latency x hops + bytes x (wire / rate + cpu)
 
 with the computation of the noop row beside it, measured and not predicted: what a method adds to that is the test of
 the model, and its error is told beside the step's. Ranks that share cores do their own work, ``cpu`` and latency
 included, so much slower as there are more of them; otherwise a method's own work is the same on any number of ranks,
-which is not true of topk's decoding. Bytes follow each method's law of the number of ranks; its constant, headers and
+which is not true of topk's decoding. Models of under SMALLEST parameters are left out: nothing of their steps is the
+network's or grows with the bytes. Bytes follow each method's law of the number of ranks; its constant, headers and
 padding included, is measured. It is a model: nobody has run thinwire on 1024 ranks.
 """
 import argparse
@@ -32,6 +33,7 @@ from thinwire.cost import ALGORITHMS, Collective, all_reduce, exchanges
 NAME = "scale"
 RANKS = tuple(2**i for i in range(1, 11))
 SHOWN = (4, 32, 256, 1024)  # in the table
+SMALLEST = 10_000  # parameters
 FIRST_BUCKET = 2**20  # bytes: what DDP exchanges while the backward pass goes on, with models as small as these
 # law(elements, ranks, algorithm) gives the collectives of a step; bytes up to a constant.
 Law = Callable[[int, int, str], tuple[Collective, ...]]
@@ -97,16 +99,14 @@ class Case:
 class Fit:
     """latency_s: of a hop. wire: bytes on the wire for each byte that the interface counts, about 1. cpu_s: seconds of
     a rank's core a byte sent. all_to_all: what an all-to-all's wire takes more, as a share. hidden: the share of the
-    computation behind which a first bucket can travel. fixed_s, local_s: by method, seconds a step, and a byte of the
-    gradient. scale: by task and method, bytes that the interface counts for each one of the law's. cores: that the
-    ranks shared."""
+    computation behind which a first bucket can travel. local_s: by method, seconds a byte of the gradient. scale:
+    by task and method, bytes that the interface counts for each one of the law's. cores: that the ranks shared."""
 
     latency_s: float
     wire: float
     cpu_s: float
     all_to_all: float
     hidden: float
-    fixed_s: dict[str, float]
     local_s: dict[str, float]
     scale: dict[tuple[str, str], float]
     cores: int
@@ -123,13 +123,13 @@ class Fit:
             exchange += self.scale[case.task, case.method] * one.sent * (wire + crowd * self.cpu_s)
         first = min(1.0, FIRST_BUCKET / case.gradient) if kind.hides and case.gradient > FIRST_BUCKET else 0.0
         hidden = min(first * exchange, self.hidden * case.compute_s)
-        own = self.fixed_s[case.method] + self.local_s[case.method] * case.gradient
-        return case.compute_s + crowd * own + exchange - hidden
+        return case.compute_s + crowd * self.local_s[case.method] * case.gradient + exchange - hidden
 
 
 def cases_of(rows: Sequence[dict]) -> tuple[list[Case], list[str]]:
     """What the rows hold for the model, and the methods that it has no law for."""
-    rows = [row for row in rows if row.get("kind") == "speed" and row.get("mbit") and row.get("step_ms")]
+    rows = [row for row in rows if row.get("kind") == "speed" and row.get("mbit") and row.get("step_ms")
+            and row["parameters"] >= SMALLEST]  # fmt: skip
     where = lambda row: (row["task"], row["ranks"], row["mbit"])
     compute = {where(row): row["step_ms"]["median"] / 1e3 for row in rows if row["method"] == "noop"}
     cases, unknown = [], set()
@@ -160,36 +160,19 @@ def fit(cases: Sequence[Case], cores: int) -> Fit:
             free += [] if case.method in free else [case.method]
         else:
             crowd = max(1.0, case.ranks / cores)
-            told.setdefault(case.method, []).append((case.gradient, case.local_s / crowd))
+            told.setdefault(case.method, []).append(case.local_s / (crowd * case.gradient))
     scale = {key: statistics.median(found) for key, found in scale.items()}
-    fixed, local = ({method: _line(points)[i] for method, points in told.items()} for i in (0, 1))
-    sized = [m for m in free if len({case.gradient for case in cases if case.method == m}) > 1]  # else it is all slope
-    units = np.array([1e-3, 1.0, 1e-8, 1.0, 1.0] + [1e-9] * len(free) + [1e-3] * len(sized))
-
-    def made(x):
-        first, slopes, constants = np.split(x * units, (5, 5 + len(free)))
-        return Fit(*first.tolist(), dict.fromkeys(free, 0.0) | fixed | dict(zip(sized, constants.tolist())),
-                   local | dict(zip(free, slopes.tolist())), scale, cores)  # fmt: skip
+    told = {method: statistics.median(found) for method, found in told.items()}
+    units = np.array([1e-3, 1.0, 1e-8, 1.0, 1.0] + [1e-9] * len(free))
+    made = lambda x: Fit(*(x * units)[:5].tolist(), told | dict(zip(free, (x * units)[5:].tolist())), scale, cores)
 
     def errors(x):
         now = made(x)
         return [now.step_s(case, case.ranks) / case.step_s - 1 for case in cases]
 
-    highest = [np.inf, np.inf, np.inf, np.inf, 1.0] + [np.inf] * (len(free) + len(sized))
-    begin = np.array([0.5, 1.0, 0.5, 0.2, 0.3] + [1.0] * len(free) + [0.1] * len(sized))
+    highest = [np.inf, np.inf, np.inf, np.inf, 1.0] + [np.inf] * len(free)
+    begin = np.array([0.5, 1.0, 0.5, 0.2, 0.3] + [1.0] * len(free))
     return made(least_squares(errors, begin, bounds=(0, highest), loss="soft_l1", f_scale=0.1).x)
-
-
-def _line(points):
-    """(fixed, slope) of what a method says of its own work, neither below 0, with the least relative errors."""
-    from scipy.optimize import nnls
-
-    gradient, seconds = np.array(points).T
-    seconds = np.maximum(seconds, 1e-9)
-    if len(set(gradient)) == 1:
-        return 0.0, statistics.median(seconds / gradient)
-    (fixed, slope), _ = nnls(np.stack([1e-3 / seconds, 1e-9 * gradient / seconds], 1), np.ones(len(points)))
-    return 1e-3 * float(fixed), 1e-9 * float(slope)
 
 
 def checked(cases: Sequence[Case], fitted: Fit, used: Sequence[Case]) -> list[dict]:
