@@ -12,16 +12,17 @@ Reads the step times that benchmarks/train.py keeps (results/train.jsonl). A ste
 with the computation of the noop row beside it, measured and not predicted: what a method adds to that is the test of
 the model, and its error is told beside the step's. Ranks that share cores do their own work, ``cpu`` and latency
 included, so much slower as there are more of them; otherwise a method's own work is the same on any number of ranks,
-which is not true of topk's decoding. Models of under SMALLEST parameters are left out: nothing of their steps is the
-network's or grows with the bytes. Bytes follow each method's law of the number of ranks; its constant, headers and
-padding included, is measured. It is a model: nobody has run thinwire on 1024 ranks.
+which is not true of topk's decoding. Models of under SMALLEST parameters are not fitted, and their errors are told
+apart: their steps are latency and Python, of which the model knows one number. Bytes follow each method's law of the
+number of ranks; its constant, headers and padding included, is measured. It is a model: nobody has run thinwire on 1024
+ranks.
 """
 import argparse
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def kind_of(method: str) -> Kind | None:
     """Of a method by its key in the suite, or None where the model has none."""
     if method in ("dense", "fp16", "bf16", "horovod", "horovod-fp16"):
         return Kind(all_reduce, hides=True)
+    if method == "dense-one-bucket":
+        return Kind(all_reduce)
     if method == "ds-sync":  # groups of 2
         return Kind(lambda elements, n, algorithm: all_reduce(elements, 2, algorithm))
     name = re.sub("-(bf16|fp16|momentum|sega)$", "", method)  # which change constants, not the law
@@ -127,10 +130,16 @@ class Fit:
 
 
 def cases_of(rows: Sequence[dict]) -> tuple[list[Case], list[str]]:
-    """What the rows hold for the model, and the methods that it has no law for."""
-    rows = [row for row in rows if row.get("kind") == "speed" and row.get("mbit") and row.get("step_ms")
-            and row["parameters"] >= SMALLEST]  # fmt: skip
+    """What the rows hold for the model, and the methods that it has no law for. Of rows of the same method and network
+    those of the newest turns with the most methods count, as in suite.outcomes."""
     where = lambda row: (row["task"], row["ranks"], row["mbit"])
+    chosen = {}
+    for row in rows:
+        if row.get("kind") == "speed" and row.get("mbit") and row.get("step_ms"):
+            before = chosen.get((where(row), row["method"]))
+            if before is None or len(row.get("among", ())) >= len(before.get("among", ())):
+                chosen[where(row), row["method"]] = row
+    rows = list(chosen.values())
     compute = {where(row): row["step_ms"]["median"] / 1e3 for row in rows if row["method"] == "noop"}
     cases, unknown = [], set()
     for row in rows:
@@ -146,22 +155,28 @@ def cases_of(rows: Sequence[dict]) -> tuple[list[Case], list[str]]:
     return cases, sorted(unknown)
 
 
+def bytes_scale(cases: Sequence[Case]) -> dict[tuple[str, str], float]:
+    """By task and method, bytes that the interface counted for each one of the law's."""
+    found = {}
+    for case in cases:
+        law = sum(one.sent for one in kind_of(case.method).law(case.parameters, case.ranks, "ring"))
+        found.setdefault((case.task, case.method), []).append(case.sent / law)
+    return {key: statistics.median(ratios) for key, ratios in found.items()}
+
+
 def fit(cases: Sequence[Case], cores: int) -> Fit:
     """Least squares of relative errors, every parameter 0 or more. Raises ValueError where there is nothing to fit."""
     from scipy.optimize import least_squares
 
     if not cases:
         raise ValueError("no rows to fit: are there speed rows with these ranks and rates?")
-    scale, told, free = {}, {}, []
+    scale, told, free = bytes_scale(cases), {}, []
     for case in cases:
-        law = sum(one.sent for one in kind_of(case.method).law(case.parameters, case.ranks, "ring"))
-        scale.setdefault((case.task, case.method), []).append(case.sent / law)
         if case.local_s is None:
             free += [] if case.method in free else [case.method]
         else:
             crowd = max(1.0, case.ranks / cores)
             told.setdefault(case.method, []).append(case.local_s / (crowd * case.gradient))
-    scale = {key: statistics.median(found) for key, found in scale.items()}
     told = {method: statistics.median(found) for method, found in told.items()}
     units = np.array([1e-3, 1.0, 1e-8, 1.0, 1.0] + [1e-9] * len(free))
     made = lambda x: Fit(*(x * units)[:5].tolist(), told | dict(zip(free, (x * units)[5:].tolist())), scale, cores)
@@ -183,7 +198,8 @@ def checked(cases: Sequence[Case], fitted: Fit, used: Sequence[Case]) -> list[di
             predicted = fitted.step_s(case, case.ranks)
             added = case.step_s - case.compute_s
             rows.append({"task": case.task, "method": case.method, "label": case.label, "ranks": case.ranks,
-                         "mbit": case.mbit, "measured_ms": 1e3 * case.step_s, "predicted_ms": 1e3 * predicted,
+                         "mbit": case.mbit, "parameters": case.parameters,
+                         "measured_ms": 1e3 * case.step_s, "predicted_ms": 1e3 * predicted,
                          "error": predicted / case.step_s - 1, "fitted": case in used,
                          "added_error": (predicted - case.step_s) / added if added > 0 else None})  # fmt: skip
     return rows
@@ -221,11 +237,13 @@ def main():
     cases, unknown = cases_of(Ledger.of_newest(args.rows).rows)
     if unknown:
         print(f"no law for, or no noop row or bytes beside: {', '.join(unknown)}", file=sys.stderr)
-    used = [case for case in cases if case.ranks in args.fit_ranks and case.mbit in args.fit_rates]
+    at_fit = [case for case in cases if case.ranks in args.fit_ranks and case.mbit in args.fit_rates]
+    used = [case for case in at_fit if case.parameters >= SMALLEST]
     if not used or len(used) == len(cases):
         raise SystemExit(f"of {len(cases)} rows {len(used)} are to be fitted: choose --fit-ranks and --fit-rates such "
                          "that some are and some are left to check")  # fmt: skip
     fitted = fit(used, args.cores)
+    fitted = replace(fitted, scale=bytes_scale(at_fit))
     rows = checked(cases, fitted, used)
     task = args.task or statistics.mode(case.task for case in cases)
     said = asdict(fitted) | {"scale": {f"{t}, {m}": value for (t, m), value in fitted.scale.items()}}
@@ -246,7 +264,7 @@ def table(record):
                    if row["mbit"] == rate and row["algorithm"] == algorithm} for algorithm in ALGORITHMS)  # fmt: skip
     cells = []
     for method, label in {row["method"]: row["label"] for row in record["rows"]}.items():
-        errors = [_errors([row for row in record["rows"] if row["method"] == method and row["fitted"] == fitted])
+        errors = [_errors([row for row in _of_size(record) if row["method"] == method and row["fitted"] == fitted])
                   for fitted in (True, False)]  # fmt: skip
         steps = [f"{ring[method][n]:.0f} / {tree[method][n]:.0f}" if method in ring else "-" for n in SHOWN]
         cells.append((label, *errors, *steps))
@@ -264,13 +282,22 @@ def _median(errors):
     return f"{statistics.median(errors):.0%}" if errors else "-"
 
 
+def _of_size(record, small=False):
+    return [row for row in record["rows"] if (row["parameters"] < SMALLEST) == small]
+
+
 def _rate_shown(record):
     rates = sorted({row["mbit"] for row in record["projected"]})
     return 100.0 if 100.0 in rates else rates[0]
 
 
 def footer(record):
-    unseen = [row for row in record["rows"] if not row["fitted"]]
+    unseen = [row for row in _of_size(record) if not row["fitted"]]
+    small = [abs(row["error"]) for row in _of_size(record, small=True)]
+    apart = "" if not small else (
+        f"Models under {SMALLEST} parameters are not fitted and not in the table: there {sum(e <= 0.2 for e in small)} "
+        f"of {len(small)} runs are within 20 %, and the median error is {_median(small)}. "
+    )
     checks = [abs(row["error"]) for row in unseen]
     added = _median(abs(row["added_error"]) for row in unseen if row["added_error"] is not None)
     fitted = record["fit"]
@@ -282,6 +309,7 @@ def footer(record):
         f"within 20 %. The computation in each is not predicted but the step that was measured there without any "
         f"exchange; of what a method adds to that, the median error is {added}, of the whole step {_median(checks)}. "
         "A method's own work is taken not to grow with the ranks; topk's decoding does. "
+        f"Steps are medians, and Horovod's are set beside DDP's computation. {apart}"
         f"Fitted: {1e3 * fitted['latency_s']:.2f} ms a hop, {1e9 * fitted['cpu_s']:.1f} ns of a core a "
         f"byte sent, {fitted['wire']:.2f} bytes on the wire for each one counted, {fitted['all_to_all']:.0%} more in "
         f"an all-to-all. {origin(record)}\n\n"

@@ -31,7 +31,7 @@ from demo import import_paths
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from suite import plan
-from suite.ledger import Ledger, final_loss
+from suite.ledger import Ledger, data, final_loss
 from suite.methods import CONTESTANTS, DDP, HOROVOD
 from suite.tasks import TASKS
 from thinnet import ThinNet
@@ -53,7 +53,7 @@ def main() -> int:
     if args.quick or args.full:
         ledger = Ledger(path)
         if ledger.others:
-            console.print(f"{ledger.others} rows of {path} are of another machine, other versions or other code: kept, "
+            console.print(f"{ledger.others} rows of {path} are of another machine, other versions, code or data: kept, "
                           "and not counted")  # fmt: skip
         with _progress(console) as progress:
             runner = Runner(ledger, progress, args.patience, args.retry_failed)
@@ -74,15 +74,16 @@ def main() -> int:
 class Best:
     """Called with task and method: the options of the optimizer, as JSON, and the method that they were found for.
 
-    Those that did best in this ledger's runs of the whole grid; else those found before; else plain DDP's, where the
-    method allows them; else the grid's first, found for none.
+    Those that did best in this ledger's runs of the whole grid; else those found before with the same data and model;
+    else plain DDP's, where the method allows them; else the grid's first, found for none.
     """
 
     def __init__(self, ledger: Ledger, *before: Path):
         self._found = {}
         for path in before:
             for task, found in (json.loads(path.read_text()) if path.exists() else {}).items():
-                self._found.setdefault(task, {}).update(found)
+                if found["data"] == data(task):
+                    self._found.setdefault(task, {}).update(found["options"])
         for task, method in itertools.product(TASKS, CONTESTANTS):
             tried = {row["options"]: row for row in ledger.find(kind="train", purpose="tune", task=task, method=method)}
             wanted = {run.options for run in plan.tuning([task], [method])}
@@ -98,7 +99,8 @@ class Best:
         return json.dumps(grid[0]), "none"
 
     def save(self, path: Path) -> None:
-        lines = [f'"{task}": {{\n  ' + ",\n  ".join(f'"{m}": {json.dumps(o)}' for m, o in found.items()) + "\n}"
+        lines = [f'"{task}": {{"data": "{data(task)}", "options": {{\n  '
+                 + ",\n  ".join(f'"{m}": {json.dumps(o)}' for m, o in found.items()) + "\n}}"
                  for task, found in self._found.items()]  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -147,7 +149,10 @@ class Runner:
             file.flush()
             command = [sys.executable, str(HERE / "train_rank.py"), file.name, "--patience", str(self.patience)]
             status = net.run(command, env=import_paths(), on_line=on_line)
-        if status == 0 and kept == len(runs):
+        if kept == len(runs):
+            if status:
+                self.progress.console.print(f"the ranks ended with {status} after all was done", *said.complaints[-5:],
+                                            sep="\n", highlight=False, markup=False)  # fmt: skip
             return []
         return self._after_a_failure(runs[kept:], said, bar)
 
@@ -189,7 +194,7 @@ class Said:
             run = self.runs[said.pop("end")]
             results = self._coming or [said | {"method": run.methods[0]}]
             self.rows = [(run.key(result.pop("method")), result) for result in results]
-            self.ended += 1
+            self.ended, self.turn = self.ended + 1, None
         else:
             self._coming.append(said)
 

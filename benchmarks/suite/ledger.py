@@ -74,7 +74,7 @@ def about() -> dict:
 
 
 def _measured_with(row):
-    return row["machine"], row["versions"], row["code"]
+    return row.get("machine"), row.get("versions"), row.get("code")
 
 
 class Ledger:
@@ -88,8 +88,8 @@ class Ledger:
         like = _measured_with(of or self._about)
         self.machine, _, self.code = like
         alike = [row for row in everything if _measured_with(row) == like]
-        counted = {row["task"]: row["data"] for row in alike} if of else self._data
-        self.rows = [row for row in alike if row["data"] == counted[row["task"]]]
+        counted = {row["task"]: row.get("data") for row in alike} if of else self._data
+        self.rows = [row for row in alike if row.get("data") == counted[row["task"]]]
         self.others = len(everything) - len(self.rows)
 
     @classmethod
@@ -122,13 +122,17 @@ class Ledger:
         return [row for row in self.rows if all(row.get(name) == value for name, value in key.items())]
 
     def has(self, run, failed_too: bool = True) -> bool:
-        """Whether all of a run is there. Of methods in turns, all or none counts, whichever of them have failed."""
+        """Whether all of a run is there. Of methods in turns: all side by side, but for those that have failed."""
+        gone, side_by_side = set(), {}
         for method in run.methods:
             key = {name: value for name, value in run.key(method).items() if value is not None and name != "among"}
-            rows = [row for row in self.find(**key) if set(row.get("among", ())) <= set(run.methods)]
-            if not any(row["status"] == "done" or failed_too for row in rows):
-                return False
-        return True
+            for row in self.find(**key):
+                if row["status"] == "done":
+                    side_by_side.setdefault(frozenset(row.get("among", ())), set()).add(method)
+                elif failed_too:
+                    gone.add(method)
+        wanted = set(run.methods)
+        return wanted <= gone or any(wanted <= done | gone for among, done in side_by_side.items() if among <= wanted)
 
 
 def final_loss(row: dict) -> float:
@@ -140,11 +144,12 @@ def final_loss(row: dict) -> float:
 
 
 def _rows(path):
-    """What an interruption cut off is not a row."""
+    """What an interruption cut off is not a row, nor is what no suite wrote."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+            row = json.loads(line)
+            found += [row] if isinstance(row, dict) and "task" in row else []
     return found
 
 

@@ -1,4 +1,5 @@
 """What the rows of the ledger add up to: step times, losses over seeds, and the time to a given quality."""
+import functools
 import itertools
 import math
 import statistics
@@ -9,6 +10,9 @@ from suite.methods import CONTESTANTS
 from suite.tasks import TASKS
 
 HALF, END = 0.5, 1.0  # the targets are plain DDP's losses after these shares of its steps
+# PowerSGD cannot begin earlier, and the heaviest blocks are not known before: their first steps send all.
+DENSE_AT_FIRST = 2
+BEGIN_DENSE = ("powersgd", "topk", "nominated", "elastic-nominated", "horovod-nominated")
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class Span:
 
     def __mul__(self, other: "Span") -> "Span":
         return Span(self.low * other.low, self.middle * other.middle, self.high * other.high)
+
+    def __add__(self, more: float) -> "Span":
+        return Span(self.low + more, self.middle + more, self.high + more)
 
     def __truediv__(self, other: "Span") -> "Span":
         return Span(self.low / other.high, self.middle / other.middle, self.high / other.low)
@@ -52,6 +59,7 @@ class Outcomes:
 
     # ---- steps ----
 
+    @functools.cache  # noqa: B019  an Outcomes is asked over and over, and made anew for each report
     def step(self, task: str, method: str, ranks: int, mbit: float) -> dict | None:
         """The row of a method's steps from the newest turns with the most methods, or None."""
         rows = self.ledger.find(kind="speed", task=task, method=method, ranks=ranks, mbit=mbit, status="done")
@@ -69,10 +77,10 @@ class Outcomes:
         return over(turns)
 
     def step_ends(self, task: str, method: str, ranks: int) -> float | None:
-        """The link's rate in Mbit/s up to which the method's step is shorter than plain DDP's by more than the spread.
+        """The link's rate in Mbit/s at which the method's step gets as long as plain DDP's, by their means.
 
-        0 where it is not at the lowest rate, infinite where only that of the unshaped link is not, None where all are.
-        Between two measured rates a step takes a + b / rate.
+        0 where it is already at the lowest rate measured, None where it is at none. Between two measured rates a step
+        takes a + b / rate; infinite where that is the unshaped link's.
         """
         rates = {row["mbit"] for row in self.ledger.find(kind="speed", task=task, method=method, ranks=ranks)}
         before = None
@@ -81,17 +89,17 @@ class Outcomes:
             if ours is None or dense is None:
                 continue
             gain, inverse = dense.middle - ours.middle, 1 / mbit if mbit else 0.0
-            if gain <= 0 or 1.0 in dense / ours:
+            if gain <= 0:
                 if before is None:
                     return 0.0
-                if gain < 0:  # else it is a tie just here
-                    inverse += (before[0] - inverse) * -gain / (before[1] - gain)
+                inverse += (before[0] - inverse) * -gain / (before[1] - gain)
                 return 1 / inverse if inverse else math.inf
             before = inverse, gain
         return None
 
     # ---- losses ----
 
+    @functools.cache  # noqa: B019
     def quality(self, task: str, method: str) -> dict[int, dict]:
         """The newest row of each seed, all with the newest one's options and number of steps."""
         rows = self.ledger.find(kind="train", purpose="quality", task=task, method=method)
@@ -102,7 +110,7 @@ class Outcomes:
             longest = max(row["steps"] for row in rows)
             options = [row for row in rows if row["steps"] == longest][-1]["options"]
             rows = [row for row in rows if (row["steps"], row["options"]) == (longest, options)]
-        return {seed: row for seed, row in sorted((row["seed"], row) for row in rows)} if rows else {}
+        return dict(sorted({row["seed"]: row for row in rows}.items()))
 
     def methods(self, task: str) -> list[str]:
         """Those whose quality was measured, failed or not."""
@@ -122,18 +130,19 @@ class Outcomes:
         """By how much the loss at the end exceeds plain DDP's of the same seed."""
         dense = self.quality(task, "dense")
         more = [final_loss(row) - final_loss(dense[seed]) for seed, row in self.quality(task, method).items()
-                if seed in dense]  # fmt: skip
+                if seed in dense and math.isfinite(final_loss(dense[seed]))]  # fmt: skip
         return over(more) if more else None
 
     # ---- time to quality ----
 
     def target(self, task: str, share: float, seed: int) -> float | None:
-        """Plain DDP's loss after a share of its steps."""
-        if seed not in self.quality(task, "dense"):
+        """Plain DDP's loss after a share of its steps; None where it did not get to their end."""
+        row = self.quality(task, "dense").get(seed)
+        if row is None or not math.isfinite(final_loss(row)):
             return None
-        curve = self.curve(task, "dense", seed)
-        return [loss for step, loss in curve if step <= share * curve[-1][0]][-1]
+        return [loss for step, loss in self.curve(task, "dense", seed) if step <= share * row["steps"]][-1]
 
+    @functools.cache  # noqa: B019
     def steps_to(self, task: str, method: str, share: float) -> dict[int, float]:
         """For each seed in which the method gets to the target and does not diverge later, after how many steps."""
         found = {}
@@ -146,24 +155,37 @@ class Outcomes:
         return found
 
     def gets_there(self, task: str, method: str, share: float) -> bool:
-        """In all seeds."""
-        return len(self.steps_to(task, method, share)) == len(self.quality(task, method)) > 0
+        """In all seeds that plain DDP was trained with."""
+        return set(self.steps_to(task, method, share)) == set(self.quality(task, "dense")) != set()
 
     def time_to(self, task: str, method: str, share: float, ranks: int, mbit: float) -> Span | None:
-        """Steps times step time; None where one seed does not get there."""
+        """Steps times step time, the first of some methods taking plain DDP's; None where a seed does not get there."""
         step = self.step_time(task, method, ranks, mbit)
         if step is None or not self.gets_there(task, method, share):
             return None
-        return over(list(self.steps_to(task, method, share).values())) * step
+        steps = over(list(self.steps_to(task, method, share).values()))
+        return steps * step + self._at_first(task, method, ranks, mbit)
 
     def speedup(self, task: str, method: str, against: str, share: float, ranks: int, mbit: float) -> Span | None:
-        """The other's time to quality over the method's, seed by seed; 1 is within a tie."""
-        if not (self.gets_there(task, method, share) and self.gets_there(task, against, share)):
+        """The other's time to quality over the method's, seed by seed; 1 is within a tie. The middle is geometric."""
+        spans = [self.step_time(task, name, ranks, mbit) for name in (against, method)]
+        if None in spans or not (self.gets_there(task, method, share) and self.gets_there(task, against, share)):
             return None
-        ours, theirs = self.steps_to(task, method, share), self.steps_to(task, against, share)
-        both = [theirs[seed] / ours[seed] for seed in ours if seed in theirs]
-        steps = [self.step_time(task, name, ranks, mbit) for name in (against, method)]
-        return over(both) * (steps[0] / steps[1]) if both and None not in steps else None
+        begin = [self._at_first(task, name, ranks, mbit) for name in (against, method)]
+        steps = [self.steps_to(task, name, share) for name in (against, method)]
+        ratios = []
+        for seed in steps[1]:
+            theirs, ours = (span * Span(*[of[seed]] * 3) + more for span, of, more in zip(spans, steps, begin))
+            ratios.append(theirs / ours)
+        return Span(min(ratio.low for ratio in ratios), statistics.geometric_mean(ratio.middle for ratio in ratios),
+                    max(ratio.high for ratio in ratios))  # fmt: skip
+
+    def _at_first(self, task, method, ranks, mbit):
+        """Seconds that the method's first steps take more than its others."""
+        ours, dense = (self.step_time(task, name, ranks, mbit) for name in (method, "dense"))
+        if dense is None or not method.startswith(BEGIN_DENSE):
+            return 0.0
+        return DENSE_AT_FIRST * max(0.0, dense.middle - ours.middle)
 
     def best_peer(self, task: str, share: float, ranks: int, mbit: float) -> str | None:
         """The peer that gets there first."""

@@ -34,7 +34,8 @@ def _panels(outcomes, panels, draw_one, path):
     for ax, panel in zip(axes.flat, panels):
         draw_one(outcomes, panel, ax)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     figure.savefig(path, dpi=80)
@@ -43,7 +44,10 @@ def _panels(outcomes, panels, draw_one, path):
 
 def _loss_against_time(outcomes, task, ax):
     """Means over the seeds of the loss above plain DDP's at its end; to where the first of them ended."""
-    dense = {seed: outcomes.target(task, END, seed) for seed in outcomes.quality(task, "dense")}
+    ends = {seed: outcomes.target(task, END, seed) for seed in outcomes.quality(task, "dense")}
+    dense = {seed: loss for seed, loss in ends.items() if loss is not None}
+    if not dense:
+        return
     for i, method in enumerate(outcomes.methods(task)):
         step = outcomes.step_time(task, method, plan.RANKS, plan.RATE)
         seeds = [seed for seed in outcomes.quality(task, method) if seed in dense]
@@ -66,7 +70,7 @@ def _loss_against_bytes(outcomes, task, ax):
     families = {}
     for method in outcomes.methods(task):
         step, more = outcomes.step(task, method, plan.RANKS, plan.RATE), outcomes.loss_more(task, method)
-        if step and step["sent_bytes"] and math.isfinite(more.middle):
+        if step and step["sent_bytes"] and more and math.isfinite(more.middle):
             contestant = CONTESTANTS[method]
             name = contestant.family or contestant.label
             families.setdefault(name, []).append((step["sent_bytes"], more, contestant.label, is_peer(method)))

@@ -18,16 +18,15 @@ def show(ledger: Ledger, out: Path, readme: bool = False) -> None:
     """Print all tables, write them into out/train.md, draw all pictures, and put the main ones into README.md."""
     outcomes = Outcomes(ledger)
     print(f"{len(ledger.rows)} rows of code {ledger.code} on {ledger.machine['cores']} cores "
-          f"({ledger.machine['cpu']}); {ledger.others} of other machines, versions or code left out")  # fmt: skip
-    busy = max((row.get("busy_before") or 0 for row in ledger.rows), default=0)
-    if busy > 0.1:
-        print(f"Some step times were measured while other work took {busy:.0%} of the processors.")
+          f"({ledger.machine['cpu']}); {ledger.others} of other machines, versions, code or data left out")  # fmt: skip
+    print(_busy(ledger))
     tables = list(_tables(outcomes))
     for title, heads, rows in tables:
         record.print_table(heads, rows, title)
     written = "\n\n".join(f"## {title}\n\n{record.markdown(heads, rows)}" for title, heads, rows in tables)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "train.md").write_text(f"# The benchmark suite\n\n{ABOUT} {_origin(outcomes)}\n\n{written}\n")
+    about = f"{ABOUT} {_coverage(outcomes)} {_busy(ledger)} {_origin(outcomes)}"
+    (out / "train.md").write_text(f"# The benchmark suite\n\n{about}\n\n{written}\n")
     pictures.draw(outcomes, out)
     if readme:
         _write_readme(outcomes)
@@ -37,6 +36,21 @@ ABOUT = (
     "In brackets is the range over seeds and turns; what is within it is called a tie. Targets are plain DDP's losses "
     "half-way and at the end of its own training, seed by seed. Horovod's methods take turns among themselves."
 )
+
+
+def _coverage(outcomes):
+    """How much of the full set there is, in words."""
+    trained = [method for method, contestant in CONTESTANTS.items() if contestant.trains]
+    told = []
+    for task in outcomes.tasks:
+        steps = {row["method"] for row in outcomes.ledger.find(kind="speed", task=task)} & set(trained)
+        told.append(f"{TASKS[task].label}: {len(outcomes.methods(task))} and {len(steps)}")
+    return f"Of {len(trained)} methods, the losses and the step times that are measured: {'; '.join(told)}."
+
+
+def _busy(ledger):
+    busy = max((row.get("busy_before") or 0 for row in ledger.rows), default=0)
+    return f"Other work took at most {busy:.0%} of the processors before a step was timed."
 
 
 def _tables(outcomes):
@@ -70,6 +84,9 @@ def quality_rows(outcomes: Outcomes, task: str, ranks: int = plan.RANKS, mbit: f
     """The first at plain DDP's half-way loss first; those that do not get there last."""
     shares = (HALF, END)
     peers = [outcomes.best_peer(task, share, ranks, mbit) for share in shares]
+    speeds = lambda method, others: " / ".join(
+        _against(outcomes, task, method, other, share, ranks, mbit) for other, share in zip(others, shares)
+    )
     times = {m: [outcomes.time_to(task, m, share, ranks, mbit) for share in shares] for m in outcomes.methods(task)}
     rows = []
     for method in sorted(times, key=lambda m: times[m][0].middle if times[m][0] else math.inf):
@@ -81,8 +98,8 @@ def quality_rows(outcomes: Outcomes, task: str, ranks: int = plan.RANKS, mbit: f
             "-" if method == "dense" else _spread(outcomes.loss_more(task, method), 1, 3),
             *(_spread(span, 1) if span else _how_many(outcomes, task, method, share)
               for span, share in zip(times[method], shares)),
-            *(" / ".join(_against(outcomes, task, method, against[i], share, ranks, mbit)
-                         for i, share in enumerate(shares)) for against in (("dense",) * 2, peers)),
+            speeds(method, ("dense", "dense")),
+            speeds(method, peers),
         ))  # fmt: skip
     return rows
 
@@ -96,8 +113,9 @@ def _label(outcomes, task, method):
 
 
 def _how_many(outcomes, task, method, share):
-    seeds = len(outcomes.quality(task, method))
-    return f"{len(outcomes.steps_to(task, method, share))} of {seeds} seeds get there" if seeds else "-"
+    there = outcomes.steps_to(task, method, share)
+    return "-" if outcomes.gets_there(task, method, share) else (
+        f"{len(there)} of {len(outcomes.quality(task, 'dense'))} seeds get there")  # fmt: skip
 
 
 def _against(outcomes, task, method, other, share, ranks, mbit):
@@ -113,7 +131,7 @@ def _spread(span: Span | None, scale, digits=None):
     if span is None:
         return "-"
     if not math.isfinite(span.middle):
-        return "diverged"
+        return "not to the end"
     low, middle, high = (scale * value for value in (span.low, span.middle, span.high))
     digits = digits if digits is not None else (0 if middle >= 100 else 1)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
@@ -126,12 +144,11 @@ BY_RATE_HEADS = ("method", *AT_RATES)
 
 def by_rate_rows(outcomes: Outcomes, task: str) -> list[tuple]:
     """Seconds to plain DDP's half-way, and in brackets how many times the speed of the best peer at that rate."""
-    rows = []
+    rows, peers = [], [outcomes.best_peer(task, HALF, plan.RANKS, mbit) for mbit in RATES]
     for method in outcomes.methods(task):
         cells = []
-        for mbit in RATES:
+        for mbit, peer in zip(RATES, peers):
             span = outcomes.time_to(task, method, HALF, plan.RANKS, mbit)
-            peer = outcomes.best_peer(task, HALF, plan.RANKS, mbit)
             times = _against(outcomes, task, method, peer, HALF, plan.RANKS, mbit)
             cells.append(f"{span.middle:.1f} ({'the best peer' if method == peer else times})" if span else "-")
         if set(cells) != {"-"}:
@@ -163,7 +180,7 @@ def _race(outcomes, task, share, mbit):
 
 # ---- step time against the link's rate ----
 
-STEP_HEADS = ("method", *AT_RATES, "shorter than DDP's up to")
+STEP_HEADS = ("method", *AT_RATES, "as long as DDP's at about")
 
 
 def step_rows(outcomes: Outcomes, task: str, ranks: int) -> list[tuple]:
@@ -181,9 +198,11 @@ def _up_to(outcomes, task, method, ranks):
         return "-"
     rate = outcomes.step_ends(task, method, ranks)
     if rate is None:
-        return "at all rates"
-    highest = max(plan.ALL_RATES)
-    return "at none" if rate == 0 else f"more than {highest:g} Mbit/s" if rate > highest else f"{rate:.0f} Mbit/s"
+        return "no rate, always shorter"
+    lowest, highest = min(filter(None, plan.ALL_RATES)), max(plan.ALL_RATES)
+    if rate == 0:
+        return f"under {lowest:g} Mbit/s"
+    return f"over {highest:g} Mbit/s" if rate > highest else f"{rate:.0f} Mbit/s"
 
 
 # ---- the check ----
@@ -224,7 +243,7 @@ def _write_readme(outcomes):
     record.write_readme_block(
         "train overall", OVERALL_HEADS, overall_rows(outcomes),
         "The first of thinwire's methods / the first of the peers (plain DDP, 16-bit hooks, PowerSGD, Horovod), with "
-        f"seconds to plain DDP's half-way loss, and ours in times the peer's speed. {said}",
+        f"seconds to plain DDP's half-way loss, and ours in times the peer's speed. {_coverage(outcomes)} {said}",
     )  # fmt: skip
     direct = direct_rows(outcomes)
     if direct:
@@ -232,7 +251,8 @@ def _write_readme(outcomes):
 
 
 def _origin(outcomes):
-    row = outcomes.ledger.rows[-1]
+    rows = outcomes.ledger.rows
+    first, last = (of(row["date"][:10] for row in rows) for of in (min, max))
     command = "python benchmarks/train.py --report --out benchmarks/results --readme"
-    return record.origin({"command": command, "date": row["date"][:10], "machine": row["machine"],
-                          "versions": row["versions"]})  # fmt: skip
+    return record.origin({"command": command, "date": first if first == last else f"{first} to {last}",
+                          "machine": rows[-1]["machine"], "versions": rows[-1]["versions"]})  # fmt: skip
