@@ -3,7 +3,8 @@
     python benchmarks/train.py --quick               a part of it, under 10 minutes
     python benchmarks/train.py --full                everything, most of a day; goes on where it was interrupted
     python benchmarks/train.py --full --tasks digits --methods dense nominated-4
-    python benchmarks/train.py --report              tables and pictures of what is there
+    python benchmarks/train.py --report              tables and pictures of what is there (in results/; those that
+                                                     come with the project: --out benchmarks/results)
     python benchmarks/train.py --list                tasks and methods
 
 Two things are measured and put together. How good a model is after so many steps depends on the method and the seed,
@@ -51,24 +52,32 @@ def main() -> int:
         return 0
     path = args.out / "train.jsonl"
     if args.quick or args.full:
-        ledger = Ledger(path)
-        if ledger.others:
-            console.print(f"{ledger.others} rows of {path} are of another machine, other versions, code or data: kept, "
-                          "and not counted")  # fmt: skip
-        with _progress(console) as progress:
-            runner = Runner(ledger, progress, args.patience, args.retry_failed)
-            if args.full:
-                if not args.no_tuning:
-                    runner.run("tuning", plan.tuning(args.tasks, args.methods))
-                best = Best(ledger, OPTIONS, args.out / OPTIONS.name)
-                best.save(args.out / OPTIONS.name)
-                runner.run("full set", plan.everything(args.tasks, args.methods, best))
-            else:
-                runner.run("quick set", plan.quick(args.methods, Best(ledger, OPTIONS)))
+        try:
+            _measure(args, Ledger(path), console)
+        except KeyboardInterrupt:
+            console.print(f"Interrupted. What is done is in {path}; the same command goes on from there.")
+            return 130
     from suite import report
 
     report.show(Ledger.of_newest(path), args.out, readme=args.readme)
+    console.print(f"All of it is in {args.out}: train.md and three pictures", highlight=False)
     return 0
+
+
+def _measure(args, ledger, console):
+    if ledger.others:
+        console.print(f"{ledger.others} rows of {ledger.path} are of another machine, other versions, code or data: "
+                      "kept, and not counted")  # fmt: skip
+    with _progress(console) as progress:
+        runner = Runner(ledger, progress, args.patience, args.retry_failed)
+        if args.full:
+            if not args.no_tuning:
+                runner.run("tuning", plan.tuning(args.tasks, args.methods))
+            best = Best(ledger, OPTIONS, args.out / OPTIONS.name)
+            best.save(args.out / OPTIONS.name)
+            runner.run("full set", plan.everything(args.tasks, args.methods, best))
+        else:
+            runner.run("quick set", plan.quick(args.methods, Best(ledger, OPTIONS)))
 
 
 class Best:
@@ -114,7 +123,10 @@ class Runner:
         self._tries = collections.Counter()
 
     def run(self, what: str, runs) -> None:
+        runs = list(runs)
         waiting = [run for run in runs if not self.ledger.has(run, failed_too=not self.retry)]
+        if len(waiting) < len(runs):
+            self.progress.console.print(f"{what}: {len(runs) - len(waiting)} of {len(runs)} runs are there already")
         bar = self.progress.add_task(what, total=sum(run.weight for run in waiting))
         for (ranks, mbit), same in itertools.groupby(waiting, key=lambda run: (run.ranks, run.mbit)):
             same = list(same)
@@ -258,9 +270,10 @@ def _arguments():
     args = parser.parse_args()
     every = [name for name, contestant in CONTESTANTS.items() if contestant.trains]
     args.methods = args.methods or (list(plan.QUICK) if args.quick else every)
-    if importlib.util.find_spec("horovod") is None and not args.report:
+    of_ddp = [method for method in args.methods if CONTESTANTS[method].door == DDP]
+    if (args.full or args.quick) and of_ddp != args.methods and importlib.util.find_spec("horovod") is None:
         print("Horovod is not installed (make horovod): its methods are left out", file=sys.stderr)
-        args.methods = [method for method in args.methods if CONTESTANTS[method].door == DDP]
+        args.methods = of_ddp
     args.out = args.out.resolve()
     return args
 
