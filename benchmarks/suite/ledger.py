@@ -3,6 +3,7 @@
 A row carries what it was measured with: machine, versions, commit, ``code``, a digest of all that a step of any task
 runs, and ``data``, one of where its own task's model and data are made. Two commits share a digest only where nothing
 of that differs. Rows of another machine, other versions or other code are kept and never shown in one table with these.
+``code_then`` is the digest that a row was written with, where files were divided since and nothing else was changed.
 """
 import ast
 import contextlib

@@ -164,14 +164,14 @@ class Outcomes:
         if step is None or not self.gets_there(task, method, share):
             return None
         steps = over(list(self.steps_to(task, method, share).values()))
-        return steps * step + self._at_first(task, method, ranks, mbit)
+        return steps * step + self.at_first(task, method, ranks, mbit)
 
     def speedup(self, task: str, method: str, against: str, share: float, ranks: int, mbit: float) -> Span | None:
         """The other's time to quality over the method's, seed by seed; 1 is within a tie. The middle is geometric."""
         spans = [self.step_time(task, name, ranks, mbit) for name in (against, method)]
         if None in spans or not (self.gets_there(task, method, share) and self.gets_there(task, against, share)):
             return None
-        begin = [self._at_first(task, name, ranks, mbit) for name in (against, method)]
+        begin = [self.at_first(task, name, ranks, mbit) for name in (against, method)]
         steps = [self.steps_to(task, name, share) for name in (against, method)]
         ratios = []
         for seed in steps[1]:
@@ -180,7 +180,7 @@ class Outcomes:
         return Span(min(ratio.low for ratio in ratios), statistics.geometric_mean(ratio.middle for ratio in ratios),
                     max(ratio.high for ratio in ratios))  # fmt: skip
 
-    def _at_first(self, task, method, ranks, mbit):
+    def at_first(self, task, method, ranks, mbit):
         """Seconds that the method's first steps take more than its others."""
         ours, dense = (self.step_time(task, name, ranks, mbit) for name in (method, "dense"))
         if dense is None or not method.startswith(BEGIN_DENSE):

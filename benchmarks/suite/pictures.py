@@ -54,7 +54,8 @@ def _loss_against_time(outcomes, task, ax):
         if step is None or not seeds:
             continue
         by_step = list(zip(*(outcomes.curve(task, method, seed) for seed in seeds)))
-        seconds = [points[0][0] * step.middle for points in by_step]
+        begin = outcomes.at_first(task, method, plan.RANKS, plan.RATE)
+        seconds = [points[0][0] * step.middle + begin for points in by_step]
         above = [over([loss - dense[seed] for (_, loss), seed in zip(points, seeds)]) for points in by_step]
         color = f"C{i % 10}"
         ax.plot(seconds, [span.middle for span in above], "--" if is_peer(method) else "-", color=color,

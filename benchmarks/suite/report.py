@@ -218,7 +218,8 @@ def direct_rows(outcomes: Outcomes) -> list[tuple]:
         quality = outcomes.ledger.find(kind="train", purpose="quality", status="done", **same)
         step = outcomes.step_time(row["task"], row["method"], row["ranks"], row["mbit"])
         if quality and step:
-            together, measured = row["steps"] * step.middle, row["curve"][-1][1]
+            begin = outcomes.at_first(row["task"], row["method"], row["ranks"], row["mbit"])
+            together, measured = row["steps"] * step.middle + begin, row["curve"][-1][1]
             losses = [[loss for _, _, loss in one["curve"]] for one in (row, quality[-1])]
             apart = max(abs(a - b) for a, b in zip(*losses))
             rows.append((row["label"], f"{together:.1f}", f"{measured:.1f}", f"{measured / together:.2f}",
