@@ -21,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 EVALUATIONS = 10  # in a run, at equal distances in training time
 STARTING = 120  # seconds that a busy machine may take until the first step
 UNTYPICAL = 5  # first steps, in which DDP rebuilds its buckets and PowerSGD still sends all
-
-
 BEST = thinwire.BlockSparse("nominated", density=0.04, block_size=16, wire_dtype=torch.float16, warmup_steps=2)
 
 

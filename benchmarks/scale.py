@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from record import RESULTS, load, origin, print_table, save, write_readme_block
 from suite.ledger import Ledger
+from suite.outcomes import side_by_side
 from thinwire import BlockSparse, Dense
 from thinwire.cost import ALGORITHMS, Collective, all_reduce, exchanges
 
@@ -131,15 +132,13 @@ class Fit:
 
 def cases_of(rows: Sequence[dict]) -> tuple[list[Case], list[str]]:
     """What the rows hold for the model, and the methods that it has no law for. Of rows of the same method and network
-    those of the newest turns with the most methods count, as in suite.outcomes."""
+    those of the newest turns with the most methods count."""
     where = lambda row: (row["task"], row["ranks"], row["mbit"])
-    chosen = {}
+    alike = {}
     for row in rows:
         if row.get("kind") == "speed" and row.get("mbit") and row.get("step_ms"):
-            before = chosen.get((where(row), row["method"]))
-            if before is None or len(row.get("among", ())) >= len(before.get("among", ())):
-                chosen[where(row), row["method"]] = row
-    rows = list(chosen.values())
+            alike.setdefault((where(row), row["method"]), []).append(row)
+    rows = [side_by_side(found) for found in alike.values()]
     compute = {where(row): row["step_ms"]["median"] / 1e3 for row in rows if row["method"] == "noop"}
     cases, unknown = [], set()
     for row in rows:

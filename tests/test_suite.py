@@ -12,7 +12,7 @@ from suite import ledger as ledgers
 from suite import plan, report
 from suite.ledger import Ledger, final_loss
 from suite.methods import CONTESTANTS, DDP, bf16_hook
-from suite.outcomes import END, HALF, Outcomes
+from suite.outcomes import BEGIN_DENSE, DENSE_AT_FIRST, END, HALF, Outcomes
 from suite.tasks import TASKS
 from torch.nn.parallel import DistributedDataParallel
 
@@ -299,6 +299,13 @@ def test_where_a_method_stops_helping(ledger):
     said = {row[0]: row[-1] for row in report.step_rows(Outcomes(ledger), "bytes-adamw", 4)}
     assert said["topk 1 %"] == "over 1000 Mbit/s" and said["fp16 hook"] == "no rate, always shorter"
     assert said["DS-Sync, groups of 2"] == "under 50 Mbit/s"
+
+
+def test_the_methods_that_begin_dense_are_those_that_say_so():
+    for method, contestant in CONTESTANTS.items():
+        says = "warmup_steps=2" in contestant.what or contestant.label.startswith("PowerSGD")
+        assert method.startswith(BEGIN_DENSE) == says, method
+    assert DENSE_AT_FIRST == 2
 
 
 def test_a_speedup_the_other_way_round_is_its_inverse(ledger):

@@ -41,6 +41,16 @@ def over(values: list[float]) -> Span:
     return Span(min(values), statistics.mean(values), max(values))
 
 
+def enclosing(spans: list[Span], mean=statistics.mean) -> Span:
+    """The mean of their middles, and from the lowest to the highest."""
+    return Span(min(span.low for span in spans), mean(span.middle for span in spans), max(span.high for span in spans))
+
+
+def side_by_side(rows: list[dict]) -> dict | None:
+    """Of rows of one method's steps on one network, that of the newest turns with the most methods, or None."""
+    return max(reversed(rows), key=lambda row: len(row.get("among", ())), default=None)
+
+
 def is_peer(method: str) -> bool:
     """Whether a user would pick it instead of thinwire."""
     return method.startswith(("dense", "fp16", "bf16", "powersgd")) or method in ("horovod", "horovod-fp16")
@@ -63,7 +73,7 @@ class Outcomes:
     def step(self, task: str, method: str, ranks: int, mbit: float) -> dict | None:
         """The row of a method's steps from the newest turns with the most methods, or None."""
         rows = self.ledger.find(kind="speed", task=task, method=method, ranks=ranks, mbit=mbit, status="done")
-        return max(reversed(rows), key=lambda row: len(row["among"]), default=None)
+        return side_by_side(rows)
 
     def step_time(self, task: str, method: str, ranks: int, mbit: float) -> Span | None:
         """The mean of all steps, from the turn with the lowest mean to that with the highest.
@@ -160,27 +170,25 @@ class Outcomes:
 
     def time_to(self, task: str, method: str, share: float, ranks: int, mbit: float) -> Span | None:
         """Steps times step time, the first of some methods taking plain DDP's; None where a seed does not get there."""
-        step = self.step_time(task, method, ranks, mbit)
-        if step is None or not self.gets_there(task, method, share):
-            return None
-        steps = over(list(self.steps_to(task, method, share).values()))
-        return steps * step + self.at_first(task, method, ranks, mbit)
+        times = self._times(task, method, share, ranks, mbit)
+        return times and enclosing(list(times.values()))
 
     def speedup(self, task: str, method: str, against: str, share: float, ranks: int, mbit: float) -> Span | None:
         """The other's time to quality over the method's, seed by seed; 1 is within a tie. The middle is geometric."""
-        spans = [self.step_time(task, name, ranks, mbit) for name in (against, method)]
-        if None in spans or not (self.gets_there(task, method, share) and self.gets_there(task, against, share)):
+        theirs, ours = (self._times(task, name, share, ranks, mbit) for name in (against, method))
+        if not (ours and theirs):
             return None
-        begin = [self.at_first(task, name, ranks, mbit) for name in (against, method)]
-        steps = [self.steps_to(task, name, share) for name in (against, method)]
-        ratios = []
-        for seed in steps[1]:
-            theirs, ours = (span * Span(*[of[seed]] * 3) + more for span, of, more in zip(spans, steps, begin))
-            ratios.append(theirs / ours)
-        return Span(min(ratio.low for ratio in ratios), statistics.geometric_mean(ratio.middle for ratio in ratios),
-                    max(ratio.high for ratio in ratios))  # fmt: skip
+        return enclosing([theirs[seed] / ours[seed] for seed in ours], statistics.geometric_mean)
 
-    def at_first(self, task, method, ranks, mbit):
+    def _times(self, task, method, share, ranks, mbit) -> dict[int, Span] | None:
+        """Seed by seed."""
+        step = self.step_time(task, method, ranks, mbit)
+        if step is None or not self.gets_there(task, method, share):
+            return None
+        begin = self.at_first(task, method, ranks, mbit)
+        return {seed: over([steps]) * step + begin for seed, steps in self.steps_to(task, method, share).items()}
+
+    def at_first(self, task: str, method: str, ranks: int, mbit: float) -> float:
         """Seconds that the method's first steps take more than its others."""
         ours, dense = (self.step_time(task, name, ranks, mbit) for name in (method, "dense"))
         if dense is None or not method.startswith(BEGIN_DENSE):

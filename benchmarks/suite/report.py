@@ -189,11 +189,11 @@ def step_rows(outcomes: Outcomes, task: str, ranks: int) -> list[tuple]:
         times = [outcomes.step_time(task, method, ranks, mbit) for mbit in RATES]
         if any(times):
             rows.append((CONTESTANTS[method].label, *(_spread(span, 1e3, 0) for span in times),
-                         _up_to(outcomes, task, method, ranks)))  # fmt: skip
+                         _as_long_at(outcomes, task, method, ranks)))  # fmt: skip
     return rows
 
 
-def _up_to(outcomes, task, method, ranks):
+def _as_long_at(outcomes, task, method, ranks):
     if method in ("noop", "dense"):
         return "-"
     rate = outcomes.step_ends(task, method, ranks)

@@ -103,8 +103,6 @@ class Trial:
         return [_typical(scripts, max) for scripts in zip(*everyone)]
 
 
-
-
 def buckets(ddp, order: Sequence[str], parameters: dict[str, torch.Tensor]) -> list[tuple[str, ...]]:
     """Names of the parameters in each bucket that DDP makes of them after its first step, in order.
 
