@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from thinwire import ops, reference
-from thinwire.blocks import Layout
+from thinwire import ops
+from thinwire.core.blocks import Layout
+from thinwire.ops import reference
 
 MEGABYTES = {"cpu": (1, 26, 256), "cuda": (1, 16, 256, 4000)}  # of the gradient
 BLOCK, SHARE, RANKS = 64, 8, 4

@@ -7,7 +7,7 @@ Reads the step times that benchmarks/train.py keeps (results/train.jsonl). A ste
 
     computation + encoding and decoding + exchange - what of the exchange DDP hides behind the backward pass
     encoding and decoding = seconds a byte of the gradient, each method's own
-    exchange = sum over its collectives (thinwire.cost) of  latency x hops + bytes x (wire / rate + cpu)
+    exchange = sum over its collectives (thinwire.advice.cost) of  latency x hops + bytes x (wire / rate + cpu)
 
 with the computation of the noop row beside it, measured and not predicted: what a method adds to that is the test of
 the model, and its error is told beside the step's. Ranks that share cores do their own work, ``cpu`` and latency
@@ -30,7 +30,7 @@ from record import RESULTS, load, origin, print_table, save, write_readme_block
 from suite.ledger import Ledger
 from suite.outcomes import side_by_side
 from thinwire import BlockSparse, Dense
-from thinwire.cost import ALGORITHMS, Collective, all_reduce, exchanges
+from thinwire.advice.cost import ALGORITHMS, Collective, all_reduce, exchanges
 
 NAME = "scale"
 RANKS = tuple(2**i for i in range(1, 11))

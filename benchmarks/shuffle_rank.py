@@ -193,7 +193,7 @@ def quality(args, rank, n):
     found = {"single replica": statistics.mean(replicas)}
     if handle is not None:
         found["consensus_distance"] = handle.consistency()["consensus_distance"]
-        with handle.averaged_model():
+        with handle.evaluating():
             found["average"] = problem.evaluate(model)
     if rank == 0:
         print(json.dumps({"task": args.task, "method": args.method, "seed": args.seed} | found), flush=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ops_timing import MEGABYTES, OPERATORS, Problem, contestants, device_name, fastest_of_each, why_not
 from thinwire import ops
-from thinwire.blocks import Layout
+from thinwire.core.blocks import Layout
 
 NUMEL = 6_500_000
 pytestmark = pytest.mark.skipif(not ops.native("cpu"), reason=f"no compiled operators: {ops.why_not_native()}")

@@ -108,10 +108,7 @@ class Trainee:
         return dict(self.handle.stats()) if self.handle is not None else {}
 
     def _whole(self):
-        for name in ("averaged_model", "drained"):
-            if hasattr(self.handle, name):
-                return getattr(self.handle, name)()
-        return contextlib.nullcontext()
+        return contextlib.nullcontext() if self.handle is None else self.handle.evaluating()
 
 
 class Watch:

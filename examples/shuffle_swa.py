@@ -51,12 +51,12 @@ for step in range(1, args.steps + 1):
     loss.backward()
     optimizer.step()
     if step > args.steps // 2 and step % 10 == 0:
-        with handle.averaged_model() as mean:  # on every rank
+        with handle.evaluating() as mean:  # on every rank
             swa.update_parameters(mean)
 
 update_bn(images[training].split(100), swa)
 alone = accuracy(model)
-with handle.averaged_model() as mean:
+with handle.evaluating() as mean:
     together = accuracy(mean)
 if rank == 0:
     print(f"accuracy {accuracy(swa):.3f} of the weights averaged over replicas and time, {together:.3f} over replicas, "

@@ -16,8 +16,8 @@ import models
 import thinwire
 import torch
 from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, ops
-from thinwire.blocks import Layout
-from thinwire.lateness import heaviest
+from thinwire.core.blocks import Layout
+from thinwire.elastic.lateness import heaviest
 
 try:
     import horovod.torch as hvd
@@ -84,7 +84,7 @@ def check(*methods, ranks=(2, 3)):
     return register
 
 
-class Recorder(thinwire.horovod.Compressor if hvd else object):
+class Recorder(thinwire.horovod.GradientCompressor if hvd else object):
     """The compressor, keeping the sizes of what it gives Horovod."""
 
     def compress(self, tensor):
@@ -1080,7 +1080,7 @@ def elastic_finalize_is_a_step_of_the_optimizer_that_trains():
 
 
 @check(Elastic(Dense(), 0.3), Elastic(FEEDBACK, 0.3, max_delay=2), ranks=(2,))
-def elastic_drained(method):
+def elastic_evaluating(method):
     """The model as finalize would leave it; afterwards training is what it would have been."""
 
     def run(looks):
@@ -1092,7 +1092,7 @@ def elastic_drained(method):
             if step in looks:
                 before = models.flat(model.parameters())
                 try:
-                    with compressor.drained():
+                    with compressor.evaluating():
                         assert same_everywhere(model)
                         seen.append(models.flat(model.parameters()))
                         raise KeyError("in the body")
@@ -1110,7 +1110,7 @@ def elastic_drained(method):
 
 @check(Elastic(Dense(), 0.5), Elastic(FEEDBACK, 0.3, max_delay=2), ranks=(2,))
 def elastic_resumes(method):
-    """Saved and loaded into new objects, training is what it would have been; drained() works at once."""
+    """Saved and loaded into new objects, training is what it would have been; evaluating() works at once."""
 
     def adamw(model):
         return torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -1125,7 +1125,7 @@ def elastic_resumes(method):
     model = small()
     optimizer, compressor = setup(model, method, inner=adamw(model))
     run(range(4), model, optimizer)
-    with compressor.drained():
+    with compressor.evaluating():
         seen = models.flat(model.parameters())
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict(), compressor.state_dict()], file)
@@ -1137,7 +1137,7 @@ def elastic_resumes(method):
     optimizer, compressor = setup(model, method, inner=adamw(model))
     optimizer.load_state_dict(saved[1])
     compressor.load_state_dict(saved[2])
-    with compressor.drained():
+    with compressor.evaluating():
         assert torch.equal(seen, models.flat(model.parameters()))
     run(range(4, 8), model, optimizer)
     assert gap(whole, model) == 0.0
@@ -1209,7 +1209,7 @@ def elastic_with_several_dtypes(method):
 @check(Elastic(Dense(), 0.5), Elastic(FEEDBACK, 0.0), ranks=(3,))
 def elastic_in_a_process_set_of_two(method):
     model, compressor = train(method, 6, process_set=PAIR)
-    with compressor.drained():
+    with compressor.evaluating():
         pass
     compressor.finalize()
     assert compressor.stats()["late_buckets"] > 0 or not PAIR.included()
@@ -1239,8 +1239,8 @@ def elastic_refusals():
     model = small(2)
     optimizer, compressor = setup(model, Elastic(Dense(), 0.0))
     step_of(model, optimizer, next(data()))
-    with compressor.drained():
-        raised(RuntimeError, loss_of(model, next(data())).backward, "drained")
+    with compressor.evaluating():
+        raised(RuntimeError, loss_of(model, next(data())).backward, "evaluating")
     disagrees = Elastic(Dense(), 0.25 if hvd.rank() else 0.5)
     raised(ValueError, lambda: train(disagrees, 1), "elastic.beta: 0.5 on rank 0")
 
@@ -1288,7 +1288,7 @@ def shuffled_rounds(method):
 
 @check(ranks=(3,))
 def shuffled_averages():
-    """averaged_model is the same everywhere and leaves no trace; finalize makes replicas equal, Adam's state too."""
+    """What is evaluated is the same everywhere and leaves no trace; finalize makes replicas equal, Adam's state too."""
     model = torch.nn.Sequential(small(2), torch.nn.BatchNorm1d(WIDTH))
     model, optimizer, averager = shuffled(
         DivideAndShuffle(group_size=2), lambda ps: torch.optim.AdamW(ps, lr=1e-2), model
@@ -1298,7 +1298,7 @@ def shuffled_averages():
         step_shuffled(model, optimizer, next(batches))
     before = [t.clone() for t in model.state_dict().values()]
     assert not same_everywhere(model)
-    with averager.averaged_model():
+    with averager.evaluating():
         assert same_everywhere(model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
     averager.finalize()

@@ -1,10 +1,10 @@
 """n reducers in one process, their payloads handed over by hand: for statistics that need thousands of steps."""
 
 import torch
-from thinwire.memory import wide
+from thinwire.core.memory import wide
+from thinwire.core.reducer import Reducer
+from thinwire.core.wire import Arrived
 from thinwire.methods import block_sparse
-from thinwire.reducer import Reducer
-from thinwire.wire import Arrived
 
 
 class Simulated:

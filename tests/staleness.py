@@ -11,7 +11,7 @@ from numbers import Integral
 
 import torch
 import torch.distributed as dist
-from thinwire.names import parameter_names
+from thinwire.state.names import parameter_names
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 
@@ -28,7 +28,7 @@ class StalenessInjector:
     under ``no_sync`` do not count. Averages that become due together are added in the order of their steps.
 
     ddp: the model that it will be registered with. max_delay: in steps, at least 0; 0 changes no bit. inner: state
-    and hook that average, such as ``(thinwire.HookState(method), thinwire.hook)``; by default a plain all-reduce.
+    and hook that average, such as ``(HookState(method, model), hook)``; by default a plain all-reduce.
     common: delays are the same on all ranks, so replicas stay equal; or else each rank draws its own, replicas
     differ by what is under way to them, and are equal again, to rounding, when that has been delivered.
 
@@ -52,8 +52,6 @@ class StalenessInjector:
         self._held = {name: [] for name in self._shapes}
         self._may_be_unused = ddp.find_unused_parameters or ddp.static_graph
         self._inner, self._inner_hook = inner or (ddp.process_group, allreduce_hook)
-        if hasattr(self._inner, "bind"):
-            self._inner.bind(ddp)  # a thinwire.HookState looks for the model that registered it, and none did
 
     def delay(self, step: int, name: str) -> int:
         """By how many steps this parameter's average of a step is late."""

@@ -17,13 +17,15 @@ import thinwire
 import torch
 import torch.distributed as dist
 from models import equal_on_all_ranks, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, advice, candidates, link, own_step, trial
-from thinwire.advise import AVERAGED, Watch
-from thinwire.advise_saves import Saves
-from thinwire.candidates import Candidate
-from thinwire.cost import Collective, Compute, Link, Local, Start, Wait
-from thinwire.exchange import gather_objects
-from thinwire.rehearsal import Bucket, Echo, Refused, rehearse
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+from thinwire.advice import candidates, link, own_step, trial
+from thinwire.advice import verdict as advice
+from thinwire.advice.candidates import Candidate
+from thinwire.advice.command import AVERAGED, Watch
+from thinwire.advice.cost import Collective, Compute, Link, Local, Start, Wait
+from thinwire.advice.rehearsal import Bucket, Echo, Refused, rehearse
+from thinwire.advice.saves import Saves
+from thinwire.core.exchange import gather_objects
 from torch import nn
 
 METHODS = ["fp16", "powersgd-1", BlockSparse("nominated", density=0.1), DivideAndShuffle(2)]
@@ -413,13 +415,6 @@ def test_the_backend_is_that_of_the_device():
     assert "Dense(wire_dtype=torch.bfloat16)" in labels[1]
 
 
-def test_the_module_can_be_called_as_the_function():
-    import thinwire.advise  # from now on it has the function's name
-
-    with pytest.raises(RuntimeError, match="init_process_group"):
-        thinwire.advise(nn.Linear(2, 2), lambda: None, loss_fn)
-
-
 def asks_alone(rank, n):
     return thinwire.advise(wrap(mlp()), lambda: next(batches(rank)), loss_fn, steps=2)
 
@@ -568,7 +563,7 @@ def command(folder, *arguments, ranks):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         env |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ended = subprocess.run([*start, "-m", "thinwire.advise", *arguments], cwd=folder, env=env, text=True,
+    ended = subprocess.run([*start, "-m", "thinwire", "advise", *arguments], cwd=folder, env=env, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
     assert "RuntimeWarning" not in ended.stdout, ended.stdout
     return ended.returncode, ended.stdout
@@ -611,14 +606,14 @@ def test_the_command_line_says_what_is_missing(tmp_path, arguments, found):
 
 
 def test_the_command_line_refuses_what_is_not_there(tmp_path, capsys):
-    from thinwire.advise import main
+    from thinwire.__main__ import main
 
     for arguments, found in ((["nothing.py"], "no such script"), (["--steps", "0", __file__], "at least 1")):
         with pytest.raises(SystemExit):
-            main(arguments)
+            main(["advise", *arguments])
         assert found in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["advise", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "replace no file that is there" in said and "Start the ranks with torchrun" in said
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from thinwire import BlockSparse, bounds
+from thinwire import BlockSparse
+from thinwire.consistency import bounds
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "elastic"))
 import bounds as benchmark

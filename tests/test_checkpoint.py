@@ -65,7 +65,7 @@ def test_resumed_is_uninterrupted_whatever_the_buckets(ranks, n):
 
 
 def resume_by_hand(rank, n):
-    """load_state_dict on a HookState that has not met its model yet, as a trainer that builds DDP later does."""
+    """load_state_dict on a HookState that knows no process group yet, as where a trainer builds DDP later."""
     model = mlp()
     ddp = wrap(model)
     optimizer, batches = sgd(ddp), data(rank)
@@ -78,7 +78,7 @@ def resume_by_hand(rank, n):
     again = mlp()
     again.load_state_dict(weights)
     ddp2 = wrap(again)
-    late = thinwire.HookState(TOPK)
+    late = thinwire.HookState(TOPK, again)
     late.load_state_dict(state)
     ddp2.register_comm_hook(late, thinwire.hook)
     step(ddp2, sgd(ddp2), batch)

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import attach, data, equal_on_all_ranks, flat, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, bounds, consistency
-from thinwire.controller import AIM, DensityController
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+from thinwire.consistency import bounds
+from thinwire.consistency import measure as consistency
+from thinwire.consistency.controller import AIM, DensityController
 from torch.nn.parallel import DistributedDataParallel
 
 TOPK = BlockSparse("topk", density=0.1, block_size=16, dense_below=20)

@@ -9,7 +9,7 @@ import thinwire
 import torch
 from suite.methods import CONTESTANTS
 from thinwire import BlockSparse, Dense
-from thinwire.cost import (
+from thinwire.advice.cost import (
     ALGORITHMS,
     KINDS,
     Collective,

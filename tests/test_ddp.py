@@ -51,7 +51,7 @@ def by_hand(rank, n, method):
     """PyTorch's own convention: nothing but a state and a function."""
     model = mlp()
     ddp = wrap(model)
-    state = thinwire.HookState(method)
+    state = thinwire.HookState(method, model)
     ddp.register_comm_hook(state, thinwire.hook)
     optimizer, batches = sgd(ddp), data(rank)
     for _ in range(10):
@@ -395,7 +395,7 @@ def callbacks(rank, n, method):
 
     names = [x for x in dir(dist) if x.startswith(("all_", "broadcast", "reduce", "send", "recv", "barrier", "gather"))]
     saved = {name: getattr(dist, name) for name in names}
-    from thinwire import exchange
+    from thinwire.core import exchange
 
     gather = exchange._all_gather_single
     try:
@@ -519,8 +519,8 @@ def test_an_empty_parameter(ranks):
 
 
 def shared_state(rank, n):
-    state = thinwire.HookState(TOPK)
     models = [wrap(mlp(layers=5, seed=seed)) for seed in (1, 2)]
+    state = thinwire.HookState(TOPK, models[0].module)
     for ddp in models:
         ddp.register_comm_hook(state, thinwire.hook)
     step(models[0], sgd(models[0]), next(data(rank)))

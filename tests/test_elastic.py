@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import attach, data, equal_on_all_ranks, flat, local_gradient, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, Elastic, elastic, scheduling
-from thinwire.channel import Channel
-from thinwire.groups import timeout_of
-from thinwire.lateness import Late, Ledger, heaviest
-from thinwire.scheduling import Arrival
+from thinwire import BlockSparse, Dense, Elastic
+from thinwire.core.channel import Channel
+from thinwire.ddp import elastic
+from thinwire.elastic import scheduling
+from thinwire.elastic.lateness import Late, Ledger, heaviest
+from thinwire.elastic.scheduling import Arrival
+from thinwire.replicas.groups import timeout_of
 from torch.nn.parallel import DistributedDataParallel
 
 SPARSE = BlockSparse("nominated", density=0.1, block_size=16, dense_below=20)
@@ -269,9 +271,9 @@ def differing(rank, n, method):
             step(ddp, optimizer, next(batches))
             equal.append(equal_on_all_ranks(list(model.parameters())))
         before = flat(model.parameters())
-        with handle.drained() as drained:
-            inside = equal_on_all_ranks(list(drained.parameters()))
-            seen = flat(drained.parameters())
+        with handle.evaluating() as final:
+            inside = equal_on_all_ranks(list(final.parameters()))
+            seen = flat(final.parameters())
         restored = torch.equal(before, flat(model.parameters()))
         handle.finalize()
         return all(equal), inside, restored, torch.equal(seen, flat(model.parameters())), bool(handle._ledger.lates)
@@ -291,13 +293,13 @@ def test_agreed_does_not_depend_on_what_arrives_when(ranks, method):
 
 
 @pytest.mark.parametrize("method", [m for m in EVERY_RULE if m.replicas_differ], ids=label)
-def test_replicas_differ_until_drained(ranks, method):
+def test_replicas_differ_until_finalized(ranks, method):
     found = ranks(3).run(differing, method)
     assert [rest for _, *rest in found] == [[True, True, True, False]] * 3
     assert not found[0][0]
 
 
-def drained_with_adam(rank, n):
+def evaluating_with_adam(rank, n):
     model = mlp()
     ddp, optimizer = wrap(model), torch.optim.AdamW(model.parameters(), lr=1e-3)
     handle = attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
@@ -308,7 +310,7 @@ def drained_with_adam(rank, n):
             gradients = [p.grad.clone() for p in model.parameters()]
             rates = [group["lr"] for group in optimizer.param_groups]
             try:
-                with handle.drained():
+                with handle.evaluating():
                     raise KeyError("in the body")
             except KeyError:
                 pass
@@ -323,37 +325,37 @@ def drained_with_adam(rank, n):
     return torch.equal(flat(model.parameters()), flat(other.parameters()))
 
 
-def test_drained_leaves_no_trace_in_model_or_optimizer(ranks):
-    assert ranks(2).run(drained_with_adam) == [True] * 2
+def test_evaluating_leaves_no_trace_in_model_or_optimizer(ranks):
+    assert ranks(2).run(evaluating_with_adam) == [True] * 2
 
 
-def backward_in_drained(rank, n):
+def backward_in_evaluating(rank, n):
     model = mlp()
     ddp, optimizer = wrap(model), sgd(model)
     handle = attach(ddp, Elastic(Dense(), beta=0.3), optimizer)
     batches = data(rank)
     for _ in range(3):
         step(ddp, optimizer, next(batches))
-    with pytest.raises(RuntimeError, match="drained"), handle.drained():
+    with pytest.raises(RuntimeError, match="evaluating"), handle.evaluating():
         step(ddp, optimizer, next(batches))
     return True
 
 
-def other_calls_in_drained(rank, n):
+def other_calls_in_evaluating(rank, n):
     _, handle = trained(rank, Elastic(Dense(), beta=0.3))
-    with handle.drained():
-        for call in (handle.finalize, handle.state_dict, handle.close, handle.drained().__enter__):
-            with pytest.raises(RuntimeError, match=r"inside drained\(\)"):
+    with handle.evaluating():
+        for call in (handle.finalize, handle.state_dict, handle.close, handle.evaluating().__enter__):
+            with pytest.raises(RuntimeError, match=r"inside evaluating\(\)"):
                 call()
     return bool(handle._ledger.lates)
 
 
-def test_what_would_lose_gradients_inside_drained_is_refused(ranks):
-    assert ranks(2).run(other_calls_in_drained) == [True] * 2
+def test_what_would_lose_gradients_inside_evaluating_is_refused(ranks):
+    assert ranks(2).run(other_calls_in_evaluating) == [True] * 2
 
 
-def test_training_inside_drained_is_refused(ranks):
-    assert ranks(2).run(backward_in_drained) == [True] * 2
+def test_training_inside_evaluating_is_refused(ranks):
+    assert ranks(2).run(backward_in_evaluating) == [True] * 2
     ranks(2).stop()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import thinwire.hogwild as hogwild
 import torch
-from thinwire.hogwild_shared import POINTS, Shared, Tally
+from thinwire.hogwild.shared import POINTS, Shared, Tally
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent

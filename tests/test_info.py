@@ -6,7 +6,8 @@ from thinwire import info, ops
 
 
 def test_info_says_what_is_live_and_what_it_was_built_with():
-    printed = subprocess.run([sys.executable, "-m", "thinwire.info"], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "thinwire", "info"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for part in ("thinwire", "torch", "C++ operators", "CUDA operators", "Horovod", "gloo"):
         assert part in printed
     assert torch.__version__ in printed

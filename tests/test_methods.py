@@ -86,6 +86,6 @@ def test_permuted_ranks_never_share_a_block_at_the_default_density(n, numel):
 
 def test_a_class_is_not_a_method():
     with pytest.raises(TypeError, match=r"call it: thinwire.BlockSparse\(\)"):
-        thinwire.HookState(BlockSparse)
+        thinwire.HookState(BlockSparse, torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="'topk'"):
-        thinwire.HookState("topk")
+        thinwire.HookState("topk", torch.nn.Linear(2, 2))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from thinwire import ops, reference
-from thinwire.blocks import Layout
+from thinwire import ops
+from thinwire.core.blocks import Layout
+from thinwire.ops import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -381,7 +382,7 @@ def test_without_compiled_operators():
     code = """
 import torch
 from thinwire import ops
-from thinwire.blocks import Layout
+from thinwire.core.blocks import Layout
 slots = Layout(("a",), (40,), 16).slots((3,))
 for _ in range(3):
     payload = torch.zeros(40)

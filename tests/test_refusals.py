@@ -80,7 +80,7 @@ def refusals(rank, n):
         "no optimizer": message(lambda: thinwire.attach(ddp, momentum)),
         "sparse": message(lambda: thinwire.attach(sparse, TOPK)),
         "complex": message(lambda: thinwire.attach(complex_, TOPK)),
-        "state too early": message(lambda: thinwire.HookState(TOPK).state_dict()),
+        "state too early": message(lambda: thinwire.HookState(TOPK, model).state_dict()),
     }
     thinwire.attach(ddp, momentum, optimizer=torch.optim.Adam(ddp.parameters(), betas=(0.0, 0.95)))
     said["second hook"] = message(lambda: thinwire.attach(ddp, TOPK))
@@ -98,7 +98,7 @@ def refusals(rank, n):
         ("no optimizer", "pass optimizer="),
         ("sparse", "TypeError: module '0' has sparse gradients; make it with sparse=False"),
         ("complex", "TypeError: parameter 'weight' is torch.complex64"),
-        ("second hook", "already has a communication hook (hook)"),
+        ("second hook", "already has a communication hook (thinwire's)"),
         ("state too early", "has no model yet"),
     ],
 )
@@ -119,7 +119,7 @@ def test_an_optimizers_momentum_beside_error_feedback_is_mentioned(ranks):
 
 
 def loaded_too_early(rank, n):
-    return message(lambda: thinwire.HookState(TOPK).load_state_dict({"a": 1}))
+    return message(lambda: thinwire.HookState(TOPK, mlp()).load_state_dict({"a": 1}))
 
 
 def test_a_wrong_state_is_refused_before_there_is_a_model(ranks):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from thinwire import DivideAndShuffle, DivideAndShuffleAverager
-from thinwire.schedules import BY_NAME, Butterfly, Hosts, Random, Ring, connected, default_group_size
+from thinwire.methods.schedules import BY_NAME, Butterfly, Hosts, Random, Ring, connected, default_group_size
 
 SIZES = range(2, 18)
 MOST = 17

@@ -13,8 +13,10 @@ import thinwire
 import torch
 import torch.distributed as dist
 from models import data, equal_on_all_ranks, flat, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, DivideAndShuffle, DivideAndShuffleAverager, means, schedules
-from thinwire.replicas import Replicas
+from thinwire import BlockSparse, DivideAndShuffle, DivideAndShuffleAverager
+from thinwire.methods import schedules
+from thinwire.replicas import means
+from thinwire.replicas.handle import Replicas
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.optim import PostLocalSGDOptimizer
 
@@ -273,14 +275,14 @@ def averaged(rank, n, overlap):
         step(ddp, optimizer, next(batches))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     everyone = of_every_rank(flat(model.parameters()))
-    with handle.averaged_model() as mean:
+    with handle.evaluating() as mean:
         assert mean is model
         same = equal_on_all_ranks(list(model.state_dict().values()))
         gap = float((flat(model.parameters()) - everyone.mean(0)).abs().max())
         storages = [p.data_ptr() for p in model.parameters()]
     raised = False
     try:
-        with handle.averaged_model():
+        with handle.evaluating():
             raise Stop
     except Stop:
         raised = True
@@ -294,7 +296,7 @@ def averaged(rank, n, overlap):
 
 
 @pytest.mark.parametrize("overlap", ["none", "bucket", "delayed"])
-def test_the_averaged_model_is_the_same_everywhere_and_leaves_no_trace(ranks, overlap):
+def test_the_model_evaluated_is_the_same_everywhere_and_leaves_no_trace(ranks, overlap):
     for same, gap, restored, moved, apart, final in ranks(4).run(averaged, overlap):
         assert same and gap < 1e-6
         assert restored and not moved
@@ -305,13 +307,13 @@ def stepping_inside(rank, n):
     model, ddp, optimizer, handle = start(DivideAndShuffle())
     before = flat(model.parameters())
     try:
-        with handle.averaged_model():
+        with handle.evaluating():
             step(ddp, optimizer, next(data(rank)))
     except RuntimeError as error:
         return str(error), torch.equal(before, flat(model.parameters()))
 
 
-def test_a_step_inside_averaged_model_is_refused(ranks):
+def test_a_step_inside_evaluating_is_refused(ranks):
     for said, restored in ranks(2).run(stepping_inside):
         assert "would be undone" in said and restored
 
@@ -638,19 +640,20 @@ def test_two_models_share_a_scaler(ranks, first_closed):
 
 
 def closed(rank, n):
-    model, ddp, optimizer, handle = start(DivideAndShuffle())
-    step(ddp, optimizer, next(data(rank)))
-    handle.finalize()
+    model, ddp, optimizer, handle = start(DivideAndShuffle(), ddp_options={"broadcast_buffers": True})
+    batches = data(rank)
+    step(ddp, optimizer, next(batches))
+    differed = not equal_on_all_ranks(model.parameters())
+    during = ddp.broadcast_buffers
     handle.close()
-    try:
-        step(ddp, optimizer, next(data(rank)))
-    except RuntimeError as error:
-        return str(error)
+    del handle, optimizer
+    for _ in range(2):
+        step(ddp, sgd(model), next(batches))
+    return differed, during, ddp.broadcast_buffers, equal_on_all_ranks(model.parameters())
 
 
-def test_after_close_replicas_do_not_drift_silently(ranks):
-    for said in ranks(2).run(closed):
-        assert "was closed" in said
+def test_after_close_replicas_are_equal_and_do_not_drift(ranks):
+    assert ranks(4).run(closed) == [(True, False, True, True)] * 4
 
 
 def copied(rank, n):
@@ -785,18 +788,18 @@ def hooked_already(rank):
 
 
 def by_hook_state(rank):
-    thinwire.HookState(DivideAndShuffle())
+    thinwire.HookState(DivideAndShuffle(), mlp())
 
 
 @pytest.mark.parametrize(("build", "says"), [
     (sizes_differ, "group_size: 2 on rank 0,1, 3 on rank 2"),
     (schedules_differ, "schedule: butterfly on rank 0,2, Random(family=3) on rank 1"),
     (too_large, "there are only 3 ranks"),
-    (not_its_parameters, "rank 1: the optimizer does not own 10 of the model's 10"),
+    (not_its_parameters, "the optimizer does not own 10 of the model's 10"),
     (no_optimizer, "pass optimizer="),
     (unknown_in_pieces, "overlap='bucket'"),
     (no_moments, "SGD has none"), (buffers_differ, "model: 14 parameters and buffers"),
-    (hooked_already, "rank 1: this DistributedDataParallel already has a communication hook"),
+    (hooked_already, "(noop_hook); DDP allows one"),
     (by_hook_state, "averages parameters, not gradients"),
 ])  # fmt: skip
 def test_refused_on_every_rank(ranks, build, says):

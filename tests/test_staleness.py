@@ -139,7 +139,7 @@ def train(rank, n, runs, steps=60, lr=0.5):
         model = mlp()
         ddp = wrap(model, gradient_as_bucket_view=True)
         injector = None
-        inner = (None, allreduce_hook) if method is None else (thinwire.HookState(method), thinwire.hook)
+        inner = (None, allreduce_hook) if method is None else (thinwire.HookState(method, model), thinwire.hook)
         if options is not None:
             injector = inject(ddp, inner=inner if method else None, **options)
         else:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONE_OPERATOR = """
 import torch
 from thinwire import ops
-from thinwire.blocks import Layout
+from thinwire.core.blocks import Layout
 slots = Layout(("a",), (40,), 16).slots((3,))
 payload = torch.zeros(40)
 ops.gather_blocks(torch.ones(40), torch.arange(3), slots.table, 16, None, None, payload)
@@ -73,7 +73,7 @@ def test_compiled_wheel(tmp_path):
     check = 'import thinwire\nassert ops.native("cpu"), ops.why_not_native()\nprint(thinwire.__file__)'
     found = run(python, "-c", ONE_OPERATOR + check, cwd=tmp_path).strip()
     assert Path(found).is_relative_to(inner)
-    run(python, "-m", "thinwire.info", cwd=tmp_path)
+    run(python, "-m", "thinwire", "info", cwd=tmp_path)
 
 
 def test_a_compiler_that_fails_leaves_a_pure_package(tmp_path):

@@ -30,7 +30,7 @@ from relaxations import (
 )
 from rich.progress import track
 from thinwire import BlockSparse
-from thinwire import bounds as bound_of
+from thinwire.consistency import bounds as bound_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
 from record import RESULTS, load, origin, print_table, save, write_readme_block

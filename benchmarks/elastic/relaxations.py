@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from sklearn.datasets import load_digits
-from thinwire import BlockSparse, bounds
-from thinwire.reducer import Reducer
-from thinwire.wire import Arrived
+from thinwire import BlockSparse
+from thinwire.consistency import bounds
+from thinwire.core.reducer import Reducer
+from thinwire.core.wire import Arrived
 
 LR = 0.02
 BATCH = 16
@@ -273,7 +274,7 @@ def error_feedback(problem, method: BlockSparse, seeds, workers: int, steps: int
 
 
 def gamma(method: BlockSparse, numels: tuple[int, ...], workers: int) -> float:
-    """Of :func:`thinwire.bounds.error_feedback`: 1 less the smallest share of any tensor, as rounded to blocks."""
+    """Of ``bounds.error_feedback``: 1 less the smallest share of any tensor, as rounded to blocks."""
     counts = method.counts_at(0, workers, numels)
     return 1 - min(count / -(-numel // method.block_size) for count, numel in zip(counts, numels, strict=True))
 

@@ -132,7 +132,7 @@ def loss(args, rank, n):
         contestant.step(next(batches))
         if step % args.every == 0:
             worst = max(worst, contestant.handle.consistency()["inconsistency_max"])
-            with contestant.handle.drained():
+            with contestant.handle.evaluating():
                 part = held_out.part(contestant.model)
             dist.all_reduce(part)
             curve.append((step, float(part)))

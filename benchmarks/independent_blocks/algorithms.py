@@ -16,8 +16,8 @@ descent (CD) with the same blocks on every worker; PermK with disjoint ones. CD 
 import math
 
 import torch
-from thinwire.blocks import Layout
-from thinwire.selection import BY_NAME, Question
+from thinwire.core.blocks import Layout
+from thinwire.core.selection import BY_NAME, Question
 
 
 class Masks:

@@ -25,17 +25,14 @@ from suite.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BY_RANKS = ("train_rank.py", "task.py", "thinnet.py", "suite/tasks.py", "suite/methods.py", "suite/worlds.py")
-# Of the package, what a step of DDP or Horovod does not run.
-ASIDE = {
-    "__init__", "advice", "advise", "bounds", "candidates", "cost", "estimate", "hogwild", "info", "link", "own",
-    "rehearsal", "trial",
-}  # fmt: skip
+# Rooms and files of the package that a step of DDP or Horovod does not run.
+ASIDE = {"__init__.py", "__main__.py", "advice", "bounds.py", "estimate.py", "hogwild", "info.py"}
 
 
 def code() -> str:
     """12 digits that change when anything changes that a measured step runs, but for words and one task's own."""
     package = Path(thinwire.__file__).parent
-    files = [path for path in package.glob("*.py") if path.stem.split("_")[0] not in ASIDE]
+    files = [path for path in package.rglob("*.py") if ASIDE.isdisjoint(path.relative_to(package).parts)]
     files += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
     files += [ROOT / "benchmarks" / name for name in RUN_BY_RANKS]
     return _digest(files)

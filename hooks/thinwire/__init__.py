@@ -1,15 +1,17 @@
 """Data-parallel training where the network is thin: one hook on a DDP model, or one compressor for Horovod."""
 
-from thinwire.advice import advise
-from thinwire.averager import DivideAndShuffleAverager
-from thinwire.ddp import HookState, attach, hook
-from thinwire.estimate import estimate
-from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method
+from thinwire.advice.verdict import advise
+from thinwire.attach import attach
+from thinwire.ddp import HookState, hook
+from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method, schedules
+from thinwire.replicas.averager import DivideAndShuffleAverager
+from thinwire.state.estimate import estimate
+from thinwire.state.handle import Handle
 
 __version__ = "0.1.0"
 __all__ = [
-    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "HookState", "Method", "advise",
-    "attach", "estimate", "hook",
+    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "Handle", "HookState", "Method",
+    "advise", "attach", "estimate", "hook", "schedules",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""``python -m thinwire.info``: which parts are live here, and why the others are not."""
+"""``python -m thinwire info``: which parts are live here, and why the others are not."""
 
 import importlib.util
 import json
@@ -68,11 +68,9 @@ def _backends():
 
 
 def main() -> None:
+    """Print it."""
     rows = collect()
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
 
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Would it help me? Steps predicted from what is measured here."""

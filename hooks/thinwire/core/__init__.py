@@ -1,0 +1,1 @@
+"""The one data path: a flat gradient in, the averaged gradient out."""

@@ -1,0 +1,247 @@
+"""What becomes of what was not sent: one class a memory.
+
+A step goes through three verbs. ``add`` reads the flat gradient, ``pack`` makes the payload of the chosen blocks, and
+``settle`` writes the averaged gradient over the flat one and brings the memory up to date. A gradient with inf or NaN
+sends NaN, every rank gets NaN back, and no memory keeps anything of that flat gradient, to rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from thinwire import ops
+from thinwire.core.blocks import Layout, Slots
+from thinwire.core.selection import Choice
+from thinwire.core.store import FlatStore
+from thinwire.core.wire import Arrived, Payload, Wire
+
+
+@dataclass
+class Reading:
+    """A flat gradient as a memory presents it: source [N] to send from, and what thinwire.ops says of its blocks.
+
+    norms [M] are None where nobody asked for them.
+    """
+
+    layout: Layout
+    grad: torch.Tensor
+    source: torch.Tensor
+    status: torch.Tensor
+    norms: torch.Tensor | None = None
+
+
+@dataclass
+class Sum:
+    """What arrived, ready to be added: payloads of R ranks, their shape, their blocks [R, K], and factors.
+
+    to_mean and to_estimate are [S]: they turn the sum into the mean of what was sent, and into the estimate of the
+    mean gradient (the same unless the method is unbiased: papers' 1 / (n tau)). lost is what the exchange rounded
+    off the sum and this rank answers for: positions in the payload (its length is none) and values, or None.
+    """
+
+    arrived: Arrived
+    slots: Slots
+    rows: torch.Tensor
+    to_mean: torch.Tensor
+    to_estimate: torch.Tensor
+    lost: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class NoMemory:
+    """What is not sent is forgotten."""
+
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool) -> Reading:
+        if ranks_blocks:  # as error feedback that starts from zero
+            return _accumulated(flat, slots, torch.zeros(flat.shape, dtype=wide(flat.dtype), device=flat.device))
+        return _examined(flat, slots)
+
+    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+        if wire.dtype == torch.float16:
+            return wire.pack(_gather(reading.source, choice, reading.status, wide(reading.grad.dtype)))
+        return Payload(_gather(reading.source, choice, reading.status, wire.dtype))
+
+    def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
+        return wire.narrowed_to(dtype)
+
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+        _scatter(total.arrived, total.rows, total.slots, total.to_estimate, reading.grad)
+
+    def rescale(self, factor: float) -> None:
+        pass
+
+    def stores(self) -> dict[str, FlatStore]:
+        return {}
+
+    def waiting(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class ErrorFeedback:
+    """What is not sent waits in the residual and is added to the next gradient; with momentum, see BlockSparse."""
+
+    def __init__(self, momentum: float = 0.0):
+        self.momentum = momentum
+        self.residual = FlatStore()
+        self.velocity = FlatStore() if momentum else None
+
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool) -> Reading:
+        residual = self.residual.flat(slots.layout, wide(flat.dtype), flat.device)
+        return _accumulated(flat, slots, residual, self._velocity_of(slots.layout, residual), self.momentum)
+
+    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+        if wire.saturates:
+            values = self._take(reading, choice, reading.source.dtype, None)
+            payload = wire.pack(values)
+            left = torch.where(torch.isfinite(values), values - wire.unpack(payload, values.dtype), 0.0)
+            factors = torch.ones(len(choice.slots.counts), dtype=values.dtype, device=values.device)
+            _scatter(Arrived(left[None]), choice.own[None], choice.slots, factors, reading.source, accumulate=True)
+            return payload
+        scale = None
+        if wire.dtype == torch.float16:  # no element is larger than its block's norm
+            largest = reading.norms.max().sqrt() if reading.norms.numel() else reading.norms.new_zeros(())
+            scale = wire.scale(largest)
+        return Payload(self._take(reading, choice, wire.dtype, scale), scale)
+
+    def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
+        return wire
+
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+        layout, residual = choice.slots.layout, reading.source
+        good = _all_finite(total.arrived.values)
+        ops.settle_(
+            residual, self._velocity_of(layout, residual), reading.grad, self.momentum, sent.values,
+            None if sent.scale is None else 1 / sent.scale, choice.own, choice.slots.table_on(residual.device),
+            layout.block_size, reading.status, (~good).to(torch.int32).reshape(1),
+        )  # fmt: skip
+        if total.lost is not None:
+            _add_lost(residual, choice, total.lost, good, 1.0)
+        _scatter(total.arrived, total.rows, total.slots, total.to_mean, reading.grad)
+
+    def rescale(self, factor: float) -> None:
+        for store in self.stores().values():
+            store.scale(factor)
+
+    def stores(self) -> dict[str, FlatStore]:
+        return {"residual": self.residual} | ({} if self.velocity is None else {"velocity": self.velocity})
+
+    def waiting(self) -> dict[str, torch.Tensor]:
+        """What has yet to be sent, 1-D, by parameter name."""
+        return self.residual.views()
+
+    def _take(self, reading, choice, dtype, scale):
+        values = torch.empty(choice.slots.numel, dtype=dtype, device=reading.source.device)
+        table, block_size = choice.slots.table_on(values.device), choice.slots.layout.block_size
+        ops.take_blocks_(reading.source, choice.own, table, block_size, reading.status, scale, values)
+        return values
+
+    def _velocity_of(self, layout, residual):
+        return None if self.velocity is None else self.velocity.flat(layout, residual.dtype, residual.device)
+
+
+class ControlVariate:
+    """ISEGA (1901.09437, Alg. 2) for a collective: h on every rank, its mean on all, differences on the wire.
+
+    Ranks send (g_i - h_i) on their blocks; with S the sum of what arrived, the estimate is mean_h + S / (n tau), and
+    then mean_h += S / n and h_i += what rank i sent.
+    """
+
+    def __init__(self):
+        self.own = FlatStore()
+        self.mean = FlatStore()
+
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool) -> Reading:
+        return _examined(flat, slots)
+
+    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+        dtype, device = wide(reading.grad.dtype), reading.grad.device
+        own = self.own.flat(choice.slots.layout, dtype, device)
+        self.mean.flat(choice.slots.layout, dtype, device)  # made here: settle may run in several threads at once
+        difference = _gather(reading.grad, choice, None, dtype) - _gather(own, choice, None, dtype)
+        spoilt = (reading.status[-1:] & ops.NONFINITE) != 0
+        return wire.pack(torch.where(spoilt, torch.full_like(difference, float("nan")), difference))
+
+    def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
+        return wire
+
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+        slots, grad = choice.slots, reading.grad
+        own, mean = (store.flat(slots.layout, wide(grad.dtype), grad.device) for store in (self.own, self.mean))
+        good = _all_finite(total.arrived.values)
+        estimate = mean.clone()
+        _scatter(total.arrived, total.rows, total.slots, total.to_estimate, estimate, accumulate=True)
+        changes = Arrived(_zero_unless(good, total.arrived.values), total.arrived.inverses)
+        _scatter(changes, total.rows, total.slots, total.to_mean, mean, accumulate=True)
+        mine = _zero_unless(good, wire.unpack(sent, own.dtype))
+        _scatter(Arrived(mine[None]), choice.own[None], slots, torch.ones_like(total.to_mean), own, accumulate=True)
+        if total.lost is not None:
+            _add_lost(own, choice, total.lost, good, -1.0)
+        grad.copy_(torch.where(good, estimate, torch.full_like(estimate, float("nan"))))
+
+    def rescale(self, factor: float) -> None:
+        for store in self.stores().values():
+            store.scale(factor)
+
+    def stores(self) -> dict[str, FlatStore]:
+        return {"own": self.own, "mean": self.mean}
+
+    def waiting(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def of(name: str, momentum: float) -> NoMemory | ErrorFeedback | ControlVariate:
+    """The memory that BlockSparse names."""
+    if name == "none":
+        return NoMemory()
+    return ErrorFeedback(momentum) if name == "error_feedback" else ControlVariate()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of memories for gradients of a dtype: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _examined(flat, slots):
+    status = torch.empty(len(slots.counts) + 1, dtype=torch.int32, device=flat.device)
+    ops.examine(flat, slots.table_on(flat.device), status)
+    return Reading(slots.layout, flat, flat, status)
+
+
+def _accumulated(flat, slots, residual, velocity=None, momentum=0.0):
+    layout = slots.layout
+    status = torch.empty(len(slots.counts) + 1, dtype=torch.int32, device=flat.device)
+    norms = torch.empty(layout.first_blocks[-1], dtype=residual.dtype, device=flat.device)
+    table = slots.table_on(flat.device)
+    ops.accumulate_(residual, velocity, flat, momentum, table, layout.block_size, norms, status)
+    return Reading(layout, flat, residual, status, norms)
+
+
+def _gather(source, choice, status, dtype):
+    payload = torch.empty(choice.slots.numel, dtype=dtype, device=source.device)
+    table = choice.slots.table_on(source.device)
+    ops.gather_blocks(source, choice.own, table, choice.slots.layout.block_size, status, None, payload)
+    return payload
+
+
+def _scatter(arrived, rows, slots, factors, out, accumulate=False):
+    table = slots.table_on(out.device)
+    ops.scatter_blocks_(
+        arrived.values, arrived.inverses, rows, table, slots.layout.block_size, factors, accumulate, out
+    )
+
+
+def _add_lost(memory, choice, lost, good, sign):
+    """Give what the exchange rounded off to the memory of the rank that answers for that part of the payload."""
+    positions, values = lost
+    payload = torch.zeros(choice.slots.numel + 1, dtype=values.dtype, device=values.device)
+    payload[positions] = _zero_unless(good, values)
+    payload = payload[None, :-1]
+    factors = torch.full((len(choice.slots.counts),), sign, dtype=memory.dtype, device=memory.device)
+    _scatter(Arrived(payload), choice.own[None], choice.slots, factors, memory, accumulate=True)
+
+
+def _all_finite(values):
+    return torch.isfinite(values).all()
+
+
+def _zero_unless(good, values):
+    return torch.where(good, values, torch.zeros_like(values))

@@ -1,0 +1,10 @@
+"""The front door for DistributedDataParallel: one hook on a model that is there."""
+
+from thinwire.ddp.elastic import ElasticState, attach_elastic
+from thinwire.ddp.hook import HookState, attach_hook
+from thinwire.ddp.mount import hook
+from thinwire.ddp.replicas import DDPReplicas, attach_replicas
+
+__all__ = [
+    "DDPReplicas", "ElasticState", "HookState", "attach_elastic", "attach_hook", "attach_replicas", "hook",
+]  # fmt: skip

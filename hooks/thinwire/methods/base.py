@@ -1,0 +1,64 @@
+"""What every method is: a frozen value, validated where it is made, compared across ranks in step one."""
+
+import difflib
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from thinwire.methods.block_sparse import BlockSparse
+
+WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method. Methods hold no tensors; what runs them holds the state."""
+
+    def describe(self) -> dict[str, str]:
+        """Field names and values as strings: what must be equal on every rank, and what a checkpoint records."""
+        return {"method": type(self).__name__} | {f.name: str(getattr(self, f.name)) for f in fields(self)}
+
+    def as_block_sparse(self) -> "BlockSparse":
+        """The method as the reducer runs it. Raises TypeError where a reducer alone cannot run it."""
+        raise TypeError(f"method is {self!r}: it is no method that averages gradients")
+
+
+def check_one_of(method, name, allowed):
+    value = getattr(method, name)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
+        raise ValueError(
+            f"{given(method, name)}: {name} must be one of {', '.join(map(repr, allowed))}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def check_wire_dtype(method):
+    if method.wire_dtype not in WIRE_DTYPES:
+        raise ValueError(
+            f"{given(method, 'wire_dtype')}: wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}"
+        )
+
+
+def check_number(method, name, allowed, is_allowed):
+    value = getattr(method, name)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{given(method, name)}: {name} must be {allowed}")
+    if not is_allowed(value):  # false for nan too
+        raise ValueError(f"{given(method, name)}: {name} must be {allowed}")
+
+
+def check_integer(method, name, least, below=None):
+    value = getattr(method, name)
+    allowed = f"an integer of at least {least}" + (f" and below {below}" if below else "")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{given(method, name)}: {name} must be {allowed}")
+    if value < least or (below is not None and value >= below):
+        raise ValueError(f"{given(method, name)}: {name} must be {allowed}")
+
+
+def given(method, name):
+    return f"{type(method).__name__}({name}={getattr(method, name)!r})"

@@ -1,0 +1,63 @@
+"""What the ranks must agree on before they average replicas, whatever the front door."""
+
+import logging
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from thinwire.methods import DivideAndShuffle
+from thinwire.methods.schedules import Hosts, Partition
+from thinwire.replicas import hosts
+from thinwire.replicas.moments import moment_names, moments_every
+from thinwire.replicas.stepping import check_steps_in_pieces
+from thinwire.state import agree
+from thinwire.state.checks import check_owned
+
+_log = logging.getLogger("thinwire")
+
+
+def agreed_partitions(method: DivideAndShuffle, optimizer, all_gather_object, tensors, check,
+                      consistency_every: int) -> tuple[Partition, ...]:  # fmt: skip
+    """The cycle of partitions, for the hosts that the ranks are on. A collective, before any group is made.
+
+    tensors: (name, tensor) of all that is averaged. check: raises TypeError or ValueError for what cannot work.
+    Raises ValueError, on every rank alike, where a rank's check did or the ranks differ.
+    """
+
+    def introduce():
+        check()
+        kinds = {name: f"{t.dtype} {t.numel()}" for name, t in tensors}
+        every = moments_every(method, optimizer)
+        return method.describe() | {
+            "model": f"{len(kinds)} parameters and buffers, digest {agree.digest_of(kinds)}",
+            "consistency_every": str(consistency_every),
+            "optimizer's state": f"{moment_names(optimizer)} every {every} rounds" if every else "not averaged",
+        }
+
+    found = tuple(agree.check_together(all_gather_object, introduce, hosts.mine()))
+    partitions = method.partitions(len(found), found)
+    if isinstance(method.schedule, Hosts) or method.schedule == "hosts":
+        names = method.schedule.hosts if isinstance(method.schedule, Hosts) else None
+        if len(set(names or found)) == 1:
+            _log.warning("thinwire: all ranks say that they are on one host, so schedule 'hosts' is a butterfly of all "
+                         "ranks: give thinwire.schedules.Hosts(hosts=...) if that is wrong")  # fmt: skip
+    return partitions
+
+
+def check_optimizer(method: DivideAndShuffle, optimizer, parameters) -> None:
+    """Raise TypeError or ValueError for an optimizer whose steps the rounds cannot follow. parameters: (name, p)."""
+    if optimizer is None:
+        raise ValueError("DivideAndShuffle averages after every optimizer step: pass optimizer=")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        raise TypeError("ZeroRedundancyOptimizer steps each parameter on one rank only: use the optimizer inside it")
+    check_owned(optimizer, parameters)
+    every = method.average_optimizer_state
+    if every != "auto" and every and "betas" not in optimizer.defaults:
+        raise ValueError(
+            f"DivideAndShuffle(average_optimizer_state={every!r}) averages the moments of Adam-like optimizers, and "
+            f"{type(optimizer).__name__} has none: use 'auto' or False"
+        )
+    if method.overlap == "bucket":
+        check_steps_in_pieces(optimizer)

@@ -1,0 +1,275 @@
+"""A model whose replicas differ from rank to rank and are averaged in rounds: the handle of Divide-and-Shuffle."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from thinwire.consistency import measure as consistency
+from thinwire.core.stats import Stats, ring_all_reduce_bytes
+from thinwire.methods import DivideAndShuffle
+from thinwire.replicas.means import Named, pieces
+from thinwire.replicas.moments import moment_names, moments_every
+from thinwire.replicas.rounds import Moments, Rounds
+from thinwire.replicas.stepping import StepHooks
+from thinwire.state import agree
+from thinwire.state.handle import Handle
+from thinwire.state.names import float_buffers, parameter_names
+
+FORMAT = 1
+
+
+class Replicas(Handle):
+    """One model, its optimizer and the rounds that average its replicas: the handle of DivideAndShuffle.
+
+    All methods but ``stats`` and ``state_dict`` are collectives: call them on every rank.
+    """
+
+    _borrowed = False
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
+                 partitions, grad_scaler=None, ignored=(), consistency_every: int = 0, log=None):  # fmt: skip
+        super().__init__(method, consistency_every, log)
+        self.module = module
+        self._ignored = frozenset(ignored)
+        self._optimizer = optimizer
+        self._groups = groups
+        self._rounds = Rounds(method, partitions, groups, self._stats)
+        self._agreed = True
+        self._pending: dict[str, dict[str, torch.Tensor]] | None = None
+        self._in_flight = None
+        self._moments_every = moments_every(method, optimizer)
+        self._moment_names = moment_names(optimizer)
+        self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
+
+    def __repr__(self):
+        return f"<{type(self).__name__} of {self.method}, round {self._rounds.done}>"
+
+    # ---- what a user calls ----
+
+    def stats(self) -> dict[str, float]:
+        """As of any method, with rounds for steps and seconds of this thread: encode_s until the sums are started,
+        exchange_s waiting for them, decode_s writing the means. process_groups: how many this rank is in beside the
+        one of all ranks. Averages over all ranks outside the rounds are not counted."""
+        return super().stats() | {"process_groups": len(self._groups)}
+
+    def skip_step(self) -> None:
+        """Take part in this step's round without a step of one's own.
+
+        For loops that leave out ``optimizer.step()`` on some ranks: the others of the group wait for this one. A
+        GradScaler that was given to ``attach`` does it by itself.
+        """
+        round_ = self._begin()
+        for piece in pieces(self._parameters()):
+            round_.send(piece, self.moments(piece))
+        self._end(round_)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[torch.nn.Module]:
+        """The model with the mean of all replicas in it, to evaluate or to save; as it was again afterwards.
+
+        Parameters and floating-point buffers are averaged, other buffers are rank 0's: the same bits on every rank.
+        They are restored bit for bit, also when the body raises. A step of the optimizer in the body would be lost,
+        so it raises RuntimeError.
+        """
+        self._refuse_if_evaluating("evaluating()")
+        tensors = self._parameters() + self._buffers()
+        saved = [tensor.detach().clone() for _, tensor in tensors]
+        try:
+            self._average_over_all(with_moments=False)
+            self._borrowed = True
+            yield self.module
+        finally:
+            self._borrowed = False
+            for (_, tensor), one in zip(tensors, saved):
+                tensor.detach().copy_(one)
+
+    def finalize(self) -> None:
+        """Average parameters, floating-point buffers and what is averaged of the optimizer's state over all ranks:
+        replicas become bitwise equal. Training may go on."""
+        self._refuse_if_evaluating("finalize()")
+        self._settle()
+        self._average_over_all(with_moments=True)
+
+    def consistency(self) -> dict:
+        """Where the replicas stand: consensus_distance, the mean over ranks of ||x_i - mean x||^2 over all
+        parameters; round, how many are done; group, the ranks that this one averages with next. Costs an average
+        over all ranks. And as of any method, to 2 %, step, inconsistency_max and inconsistency_mean:
+        ||x_i - mean x|| / lr; there is no bound for it in the paper on elastic consistency."""
+        self._land()
+        found = self._measure()
+        round_ = self._rounds.over_all()
+        parameters = self._parameters()
+        apart = torch.zeros((), dtype=torch.float64, device=parameters[0][1].device)
+        for piece in pieces(parameters):
+            mean = self._rounds.mean_of("parameters", piece, None)
+            mean.start(piece, tuple(range(self._groups.size)), self._groups, 0, Stats(), keep=True)
+            mean.wait()
+            apart += sum(float(c.double().square().sum()) for c in mean.correction())
+        round_.send([("apart", apart)], {})
+        round_.finish()
+        return found | {"round": self._rounds.done, "group": self._rounds.members, "consensus_distance": float(apart)}
+
+    def state_dict(self) -> dict:
+        """The round, and with overlap="delayed" the average under way: tensors, numbers and strings, one a rank.
+
+        Replicas differ, so beside it save each rank's own model and optimizer; then a resumed run is bitwise the
+        uninterrupted one. Give the model its state after wrapping it: DDP broadcasts rank 0's when it is made.
+        """
+        self._land()
+        waiting = (self._pending or {}).items()
+        pending = {kind: {name: tensor.clone() for name, tensor in found.items()} for kind, found in waiting}
+        return {"format": FORMAT, "method": self.method.describe(), "rank": self._groups.rank,
+                "world_size": self._groups.size, "round": self._rounds.done, "pending": pending}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit."""
+        self._land()
+        if not isinstance(state, dict) or state.get("format") != FORMAT or not {"pending", "round"} <= state.keys():
+            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"load_state_dict got {found}: not a state of DivideAndShuffle of format {FORMAT}")
+        pending = state["pending"]
+        numels = {name: t.numel() for name, t in self._parameters() + self._buffers()}
+        for name, tensor in ((n, t) for found in pending.values() for n, t in found.items()):
+            if numels.get(name) != tensor.numel():
+                raise ValueError(
+                    f"load_state_dict: the average under way of {name!r} has {tensor.numel()} elements and the model "
+                    f"has {numels.get(name, 'no such parameter or buffer')}"
+                )
+        here = {"rank": self._groups.rank, "world_size": self._groups.size}
+        for key, value in here.items() if pending else ():
+            if state[key] != value:
+                raise ValueError(
+                    f"load_state_dict: the state is of {key} {state[key]}, here it is {value}, and with "
+                    "overlap='delayed' an average is under way that belongs to its rank: call finalize() before "
+                    "saving, and load into a new handle"
+                )
+        self._rounds.done = state["round"]
+        self._pending = {kind: dict(found) for kind, found in pending.items()} or None
+        self._agreed = False
+
+    def close(self) -> None:
+        """As of any method: ``finalize``, then take the hooks off the optimizer and destroy the process groups that
+        were made."""
+        if self.closed:
+            return
+        self.finalize()
+        self.closed = True
+        self._hooks.remove()
+        self._groups.close()
+
+    # ---- what StepHooks calls ----
+
+    def stepped(self) -> None:
+        """The optimizer has made its step."""
+        self.skip_step()
+
+    def pieces_to_step(self) -> Iterator[list[Named]]:
+        """The pieces, each to be stepped before the next one is asked for: it travels meanwhile."""
+        round_ = self._begin()
+        for piece in pieces(self._parameters()):
+            yield piece
+            round_.send(piece, self.moments(piece))
+        self._waiting = round_
+
+    def pieces_stepped(self) -> None:
+        """All have been stepped."""
+        round_, self._waiting = self._waiting, None
+        self._end(round_)
+
+    def moments(self, piece: list[Named]) -> Moments:
+        """What the optimizer keeps of the parameters in a piece, as far as it is averaged."""
+        if not self._moments_every:
+            return {}
+        state = self._optimizer.state
+        return {key: [state[p].get(key) if p in state else None for _, p in piece] for key in self._moment_names}
+
+    # ---- rounds ----
+
+    def _parameters(self) -> list[Named]:
+        return [(name, parameter) for parameter, name in parameter_names(self.module, self._ignored).items()]
+
+    def _buffers(self) -> list[Named]:
+        return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in self._ignored]
+
+    def _float_buffers(self) -> list[Named]:
+        return float_buffers(self.module, self._ignored)
+
+    def _begin(self):
+        self._refuse_if_evaluating("optimizer.step()")
+        if not self._agreed:
+            agree.require(self._groups.gather_objects({"round": str(self._rounds.done)}))
+            self._agreed = True
+        self._settle()
+        parameters = self._parameters()
+        nbytes = sum(p.numel() * p.element_size() for _, p in parameters)
+        self._stats.dense_bytes += ring_all_reduce_bytes(nbytes, self._groups.size)
+        return self._rounds.begin(self._moments_every)
+
+    def _end(self, round_):
+        round_.send_rest(self._float_buffers() if self.method.average_buffers else ())
+        if self.method.overlap == "delayed":
+            self._in_flight = round_
+        else:
+            round_.finish()
+        if self._every and self._rounds.done % self._every == 0:
+            self._record(self._measure())
+
+    def _refuse_if_evaluating(self, what):
+        if self._borrowed:
+            raise RuntimeError(f"{what} inside evaluating(): what it changes would be undone at the end")
+
+    def _measure(self):
+        """||x_i - mean x|| / lr of all ranks, from sketches of the replicas."""
+        rates = {p: float(group["lr"]) or math.nan for group in self._optimizer.param_groups for p in group["params"]}
+        mine = consistency.sketch((name, p.detach().reshape(-1).double() / rates[p]) for name, p in self._parameters())
+        gather = lambda numbers: torch.stack(self._groups.gather_objects(numbers))
+        apart = consistency.measure(-mine, mine, 0.0, gather).apart
+        mean = math.fsum(apart) / len(apart)
+        return {"step": self._rounds.done, "inconsistency_max": max(apart), "inconsistency_mean": mean,
+                "gradient_norm": None, "bound": None}  # fmt: skip
+
+    def _settle(self):
+        """Apply the average that was under way, if any: x += mean - what was sent."""
+        self._land()
+        if self._pending is None:
+            return
+        parameters, buffers = dict(self._parameters()), dict(self._float_buffers())
+        if not self._has_moments(parameters):
+            raise RuntimeError(
+                "an average of the optimizer's state is under way, and the optimizer has no such state: load its "
+                "state_dict too before going on"
+            )
+        for kind, found in self._pending.items():
+            for name, correction in found.items():
+                if kind in self._moment_names:
+                    target = self._optimizer.state[parameters[name]][kind]
+                else:
+                    target = (buffers if kind == "buffers" else parameters)[name].detach()
+                target += correction.to(target)
+                if kind not in ("parameters", "buffers", "exp_avg"):
+                    target.clamp_(min=0)  # second moments
+        self._pending = None
+
+    def _has_moments(self, parameters):
+        """Whether the optimizer has all moments that the average under way is to change."""
+        state = self._optimizer.state
+        wanted = [(n, key) for key in self._moment_names for n in self._pending.get(key, ())]
+        return all(key in state.get(parameters[name], {}) for name, key in wanted)
+
+    def _land(self):
+        """Wait for the average under way, and keep what it will change."""
+        if self._in_flight is not None:
+            self._pending, self._in_flight = self._in_flight.corrections(), None
+
+    def _average_over_all(self, with_moments):
+        self._land()
+        round_ = self._rounds.over_all()
+        for piece in pieces(self._parameters()):
+            round_.send(piece, self.moments(piece) if with_moments else {})
+        round_.send_rest(self._float_buffers())
+        round_.finish()
+        for _, buffer in self._buffers():
+            if not buffer.is_floating_point():
+                self._groups.broadcast(buffer)

@@ -1,0 +1,57 @@
+"""Do all ranks run the same thing? Asked once, before the first payload: a mismatch later would hang or corrupt."""
+
+import hashlib
+from collections.abc import Callable
+
+_ADVICE = "every rank must be given the same method, the same model and, after a resume, a state of the same step"
+
+
+def describe(method, step: int, numels: dict[str, int]) -> dict[str, str]:
+    """What must be equal on every rank, by name."""
+    return method.describe() | {"model": digest(numels), "step": str(step)}
+
+
+def digest(numels: dict[str, int]) -> str:
+    """A model's parameters, by name and size, in one line."""
+    return f"{len(numels)} parameters, {sum(numels.values())} elements, digest {digest_of(numels)}"
+
+
+def digest_of(items: dict) -> str:
+    """A dictionary in twelve letters."""
+    return hashlib.blake2b(repr(sorted(items.items())).encode(), digest_size=6).hexdigest()
+
+
+def require(everyone: list[dict[str, str]]) -> None:
+    """Raise ValueError, naming each thing in which the ranks' descriptions differ and who has what."""
+    differences = []
+    for key in sorted({key for one in everyone for key in one}):
+        ranks = {}
+        for rank, one in enumerate(everyone):
+            ranks.setdefault(one.get(key, "(none)"), []).append(rank)
+        if len(ranks) > 1:
+            found = ", ".join(f"{value} on rank {','.join(map(str, who))}" for value, who in ranks.items())
+            differences.append(f"{key}: {found}")
+    if differences:
+        raise ValueError(f"thinwire: the ranks differ in {'; '.join(differences)}. {_ADVICE.capitalize()}.")
+
+
+def check_together(all_gather_object, check: Callable[[], dict[str, str]], aside=None) -> list:
+    """Run a check on every rank and compare what it gives; what it raises on one rank is raised on all.
+
+    check: gives what must be equal on every rank, by name, or raises TypeError or ValueError. aside: what this rank
+    has to say besides, which may differ. Returns what each rank said aside. Raises ValueError.
+    """
+    says, refusal = {}, ""
+    try:
+        says = check()
+    except (TypeError, ValueError) as error:
+        refusal = str(error)
+    everyone = all_gather_object((refusal, says, aside))
+    refusals: dict[str, list[str]] = {}
+    for rank, (refused, _, _) in enumerate(everyone):
+        if refused:
+            refusals.setdefault(refused, []).append(str(rank))
+    if refusals:
+        raise ValueError("; ".join(f"{what} (rank {', '.join(ranks)})" for what, ranks in refusals.items()))
+    require([said for _, said, _ in everyone])
+    return [aside for _, _, aside in everyone]

@@ -1,0 +1,99 @@
+"""What cannot work is refused before training starts, with the reason and the way out."""
+
+import logging
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.methods import Method
+
+_log = logging.getLogger("thinwire")
+
+
+def check_model(ddp, hook_allowed: bool = False) -> None:
+    """Raise TypeError or ValueError where the model cannot be given the hook."""
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(
+            f"attach got a {type(ddp).__name__}: it must be a DistributedDataParallel; wrap the model first: "
+            "attach(DistributedDataParallel(model), ...)"
+        )
+    dead = lambda state: getattr(state, "is_copy", False) or getattr(state, "vacant", False)
+    live = [(hook, state) for hook, state in ddp._comm_hooks if not dead(state)]
+    if live and not hook_allowed:
+        names = ", ".join(_name_of(hook) for hook, _ in live)
+        raise ValueError(
+            f"this DistributedDataParallel already has a communication hook ({names}); DDP allows one. To change "
+            "thinwire's method, call close() on the handle that attach returned, and attach again"
+        )
+    if getattr(ddp, "_use_python_reducer", False):
+        raise ValueError(
+            "under torch._dynamo.config.optimize_ddp = 'python_reducer' DistributedDataParallel gives its hook single "
+            "parameters and drops what the hook returns: set it to 'ddp_optimizer' or 'no_optimization' before the "
+            "model is wrapped"
+        )
+    if getattr(ddp, "mixed_precision", None) is not None:
+        raise ValueError(
+            "DistributedDataParallel(mixed_precision=...) registers a communication hook of its own; use "
+            "torch.autocast instead, and wire_dtype for fewer bytes"
+        )
+    for name, parameter in ddp.module.named_parameters():
+        if name in ddp.parameters_to_ignore:
+            continue
+        check_gradient(name, parameter)
+        if hasattr(parameter, "_in_backward_optimizers"):
+            raise ValueError(f"parameter {name!r} has its optimizer in the backward pass, which takes DDP's only hook")
+    for name, module in ddp.module.named_modules():
+        if f"{name}.weight" in ddp.parameters_to_ignore:
+            continue
+        if getattr(module, "sparse", False) and isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+            raise TypeError(
+                f"module {name!r} has sparse gradients; make it with sparse=False: thinwire needs dense ones"
+            )
+
+
+def _name_of(hook):
+    module = getattr(hook, "__module__", None) or ""
+    return "thinwire's" if module.startswith("thinwire.") else getattr(hook, "__qualname__", str(hook))
+
+
+def check_gradient(name: str, parameter: torch.Tensor) -> None:
+    """Raise TypeError where a parameter's gradient is of a kind that cannot be averaged."""
+    if parameter.is_complex():
+        raise TypeError(f"parameter {name!r} is {parameter.dtype}: thinwire averages real gradients only")
+
+
+def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError where both the method and the optimizer would keep momentum, or that cannot be seen."""
+    momentum = getattr(method, "momentum", 0.0)
+    if not momentum:
+        groups = optimizer.param_groups if optimizer is not None else ()
+        own = max((group.get("momentum") or 0.0 for group in groups), default=0.0)
+        if own and getattr(method, "memory", None) == "error_feedback":
+            _log.warning("thinwire: %s's momentum of %g will act on stale sums, which costs quality: let the method "
+                         "keep it, BlockSparse(..., momentum=%g) with the optimizer's at 0",
+                         type(optimizer).__name__, own, own)  # fmt: skip
+        return
+    if optimizer is None:
+        raise ValueError(
+            f"BlockSparse(momentum={momentum}) keeps the momentum itself: pass optimizer=, so that it can be seen "
+            "that the optimizer keeps none"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        own = group.get("momentum") or (group["betas"][0] if "betas" in group else 0.0)
+        if own:
+            raise ValueError(
+                f"BlockSparse(momentum={momentum}) keeps the momentum, and {type(optimizer).__name__}'s parameter "
+                f"group {i} has {own} of its own: set the optimizer's to 0, or the method's"
+            )
+
+
+def check_owned(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError where some of the parameters, (name, p), are not the optimizer's."""
+    owned = {id(p) for param_group in optimizer.param_groups for p in param_group["params"]}
+    missing = [name for name, p in parameters if id(p) not in owned]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not own {len(missing)} of the model's {len(parameters)} trainable parameters "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): give it model.parameters(), after the "
+            "model is where it stays"
+        )
