@@ -1,18 +1,22 @@
-# make demo | test | bench | bench-full | horovod | lint      each sets up what it needs in .venv
+# make demo | test | test-full | lint | docs | bench | bench-full | horovod      each sets up what it needs in .venv
 PYTHON  ?= python3
 VENV    := .venv
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check -q
 HOROVOD := 0.28.1
 
-.PHONY: demo test bench bench-full horovod lint clean
+.PHONY: demo test test-full lint docs bench bench-full horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.thinwire $(VENV)/.iproute2
 	$(PY) benchmarks/demo.py
 
-test: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
-	$(PY) -m pytest tests
+# Two workers, because some tests wait for processes and others compute; a file's tests stay with one worker.
+test: lint $(VENV)/.horovod $(VENV)/.iproute2
+	$(PY) -m pytest tests -n 2 --dist loadfile -m "not full"
+
+test-full: lint $(VENV)/.horovod $(VENV)/.iproute2
+	$(PY) -m pytest tests -n 2 --dist loadfile
 
 bench: $(VENV)/.thinwire $(VENV)/.iproute2
 	mkdir -p results
@@ -26,8 +30,13 @@ bench-full: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
 
 horovod: $(VENV)/.horovod
 
-lint: $(VENV)/.deps
+lint: $(VENV)/.thinwire
 	$(PY) -m ruff check .
+	$(VENV)/bin/lint-imports --no-logo
+
+docs: $(VENV)/.thinwire
+	$(PY) -m sphinx -W --keep-going -q docs build/docs
+	@echo "docs: build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build hooks/thinwire/*.so hooks/*.egg-info
@@ -36,7 +45,8 @@ $(VENV)/.deps: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt "setuptools<81" wheel packaging ninja
 	$(PIP) install -c constraints.txt torch numpy pytest pytest-benchmark pytest-timeout \
-	    hypothesis expecttest rich matplotlib scikit-learn transformers ruff
+	    pytest-xdist hypothesis expecttest rich matplotlib scikit-learn transformers \
+	    ruff mypy import-linter coverage sphinx furo myst-parser sybil
 	touch $@
 
 # --no-build-isolation: an isolated build would download torch a second time.

@@ -335,7 +335,7 @@ def stuck(worker, workers):
 
 
 def test_a_worker_that_does_not_come_back_is_killed(monkeypatch):
-    monkeypatch.setattr(hogwild, "_GRACE", 1.0)
+    monkeypatch.setattr(hogwild.run, "_GRACE", 1.0)
     begin = time.monotonic()
     with pytest.raises(hogwild.WorkerError, match="no such digit"):
         hogwild.train(Slope(), stuck, call, optimizer=SGD, workers=2)
@@ -358,7 +358,7 @@ def no_script_is_left():
 def run_script(tmp_path, text, **env):
     script = tmp_path / "script.py"
     script.write_text(text)
-    path = os.pathsep.join([str(ROOT / "tests"), str(Path(hogwild.__file__).parent.parent)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(Path(hogwild.__file__).parents[2])])
     command = [sys.executable, str(script), str(tmp_path)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path} | env,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
