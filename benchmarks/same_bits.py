@@ -9,11 +9,13 @@ after ``finalize()``, and of the bytes that ``stats()`` counts. Digests hold for
 matrix products differ between processors.
 """
 import argparse
+import datetime
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -147,6 +149,15 @@ def digests() -> dict[str, str]:
     return found
 
 
+def about() -> dict[str, str]:
+    """Where and of what digests are made."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=HERE.parent,
+                               capture_output=True, text=True)  # fmt: skip
+    return {"processor": torch.backends.cpu.get_cpu_capability() + ", " + platform.machine(), "torch": torch.__version__,
+            "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+            "commit": described.stdout.strip()}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the digests of the code as it is")
@@ -158,10 +169,13 @@ def main() -> int:
         return 0
     found = digests()
     if options.write:
-        options.file.write_text(json.dumps(found, indent=1) + "\n")
+        options.file.write_text(json.dumps({"about": about(), "digests": found}, indent=1) + "\n")
         print(f"{len(found)} digests in {options.file}")
         return 0
-    wanted = json.loads(options.file.read_text())
+    kept = json.loads(options.file.read_text())
+    wanted, changed = kept["digests"], {key: value for key, value in kept["about"].items() if about()[key] != value}
+    if changed.keys() & {"processor", "torch"}:
+        print(f"kept on another machine, so differences mean nothing: {changed}")
     differ = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
     for name in differ:
         print(f"{name}: was {wanted.get(name)}, is {found.get(name)}")

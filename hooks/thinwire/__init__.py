@@ -7,11 +7,12 @@ from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Meth
 from thinwire.replicas.averager import DivideAndShuffleAverager
 from thinwire.state.estimate import estimate
 from thinwire.state.handle import Handle
+from thinwire.state.suggest import Suggestion, suggest
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "Handle", "HookState", "Method",
-    "advise", "attach", "estimate", "hook", "schedules",
+    "Suggestion", "advise", "attach", "estimate", "hook", "schedules", "suggest",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from thinwire.elastic.scheduling import Agreed, Arrival, Bucket, Lane
 from thinwire.methods import Elastic
 from thinwire.replicas.groups import backend_of, timeout_of
 from thinwire.state import agree
+from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_momentum, check_owned
 from thinwire.state.names import parameter_names
 
@@ -48,6 +49,7 @@ def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState"
     agree.check_together(lambda thing: gather_objects(thing, ddp.process_group), check)
     state.bind(ddp)
     mount(ddp, state)
+    caution(method.method, optimizer, ddp.process_group.size())
     return state
 
 
@@ -186,6 +188,8 @@ class ElasticState(LateSteps, HookState):
         if rule is None:
             return
         self._stats = sum((lane.stats for lane in rule.lanes), self._stats)
+        if all(lane.courier.error is None for lane in rule.lanes):
+            dist.barrier(group=self._group)  # another rank may still be connecting to the groups
         for lane in rule.lanes:
             lane.courier.close()
             dist.destroy_process_group(lane.group)

@@ -10,6 +10,7 @@ from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
 from thinwire.ddp.mount import Mounted, completed, mount
 from thinwire.methods import Method
+from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_momentum
 from thinwire.state.gradients import GradientHandle
 from thinwire.state.names import parameter_names
@@ -24,6 +25,7 @@ def attach_hook(ddp, method: Method, optimizer, **options) -> "HookState":
     check_momentum(method, optimizer)
     state.bind(ddp)
     mount(ddp, state)
+    caution(method, optimizer, ddp.process_group.size())
     return state
 
 

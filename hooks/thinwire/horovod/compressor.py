@@ -19,6 +19,7 @@ from thinwire.core.stats import ring_all_reduce_bytes
 from thinwire.core.wire import Arrived, SummableFloat, SummableHalf
 from thinwire.horovod.stock import hvd, require
 from thinwire.methods import Method
+from thinwire.state.cautions import caution
 from thinwire.state.checks import check_gradient, check_momentum
 from thinwire.state.gradients import GradientHandle
 
@@ -75,6 +76,7 @@ class GradientCompressor(GradientHandle):
             n = self._set.size()
             wire = SummableHalf(n) if self._block_sparse.wire_dtype == torch.float16 else SummableFloat(n)
             self._start({name: p.numel() for name, p in self._parameters}, self._set.rank(), n, wire)
+            caution(runs, optimizer, n)
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _InFlight]:
         """The gradient of one of the named parameters as what Horovod is to add up; called by Horovod."""

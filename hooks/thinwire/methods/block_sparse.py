@@ -76,7 +76,7 @@ class BlockSparse(Method):
             object.__setattr__(self, "memory", "none" if self.selection in RANDOM else "error_feedback")
         check_one_of(self, "memory", MEMORIES)
         if self.density is not None and not self.automatic:
-            allowed = "a number in (0, 1], 'auto', or None for 1 / world_size"
+            allowed = "a share of the blocks in (0, 1] (4 % is density=0.04), 'auto', or None for 1 / world_size"
             check_number(self, "density", allowed, lambda x: 0 < x <= 1)
             object.__setattr__(self, "density", float(self.density))
         check_number(self, "momentum", "a number in [0, 1)", lambda x: 0 <= x < 1)

@@ -11,6 +11,7 @@ from thinwire.replicas import hosts
 from thinwire.replicas.moments import moment_names, moments_every
 from thinwire.replicas.stepping import check_steps_in_pieces
 from thinwire.state import agree
+from thinwire.state.cautions import caution_groups
 from thinwire.state.checks import check_owned
 
 _log = logging.getLogger("thinwire")
@@ -36,6 +37,7 @@ def agreed_partitions(method: DivideAndShuffle, optimizer, all_gather_object, te
 
     found = tuple(agree.check_together(all_gather_object, introduce, hosts.mine()))
     partitions = method.partitions(len(found), found)
+    caution_groups(method, partitions)
     if isinstance(method.schedule, Hosts) or method.schedule == "hosts":
         names = method.schedule.hosts if isinstance(method.schedule, Hosts) else None
         if len(set(names or found)) == 1:

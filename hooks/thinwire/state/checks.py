@@ -1,13 +1,9 @@
 """What cannot work is refused before training starts, with the reason and the way out."""
 
-import logging
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.methods import Method
-
-_log = logging.getLogger("thinwire")
 
 
 def check_model(ddp, hook_allowed: bool = False) -> None:
@@ -66,12 +62,6 @@ def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> N
     """Raise ValueError where both the method and the optimizer would keep momentum, or that cannot be seen."""
     momentum = getattr(method, "momentum", 0.0)
     if not momentum:
-        groups = optimizer.param_groups if optimizer is not None else ()
-        own = max((group.get("momentum") or 0.0 for group in groups), default=0.0)
-        if own and getattr(method, "memory", None) == "error_feedback":
-            _log.warning("thinwire: %s's momentum of %g will act on stale sums, which costs quality: let the method "
-                         "keep it, BlockSparse(..., momentum=%g) with the optimizer's at 0",
-                         type(optimizer).__name__, own, own)  # fmt: skip
         return
     if optimizer is None:
         raise ValueError(

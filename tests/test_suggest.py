@@ -1,0 +1,93 @@
+"""What is warned of where a method meets its model, and where to begin the search for a learning rate."""
+
+import pytest
+import thinwire
+import torch
+from models import logged, mlp, wrap
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+
+NOMINATED = BlockSparse("nominated", density=0.04)
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.03),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.0005),
+    "AdamW without beta1": lambda p: torch.optim.AdamW(p, lr=0.0005, betas=(0.0, 0.95)),
+}
+
+
+def optimizer(name):
+    return OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize(("method", "under", "lr", "own", "says"), [
+    (NOMINATED, "AdamW", 0.002, 0.0, "about 25 steps"),
+    (BlockSparse("nominated", density=0.16), "AdamW", 0.001, 0.0, "1 / sqrt(0.16) = 2.5"),
+    (BlockSparse("nominated", density=0.01), "AdamW", 0.002, 0.0, "1 / sqrt(0.01) = 10.0: 4 times"),
+    (BlockSparse("nominated", density=0.9), "AdamW", 0.0005, 0.0, "acts as momentum"),
+    (NOMINATED, "SGD with momentum", 0.0949, 0.0, "0.1 times as far"),
+    (NOMINATED, "SGD", 0.03, 0.0, "acts as momentum"),
+    (BlockSparse("topk", density=0.01, momentum=0.9), "SGD with momentum", 0.03, 0.0, "keeps the momentum of 0.9"),
+    (BlockSparse("topk", density=1.0), "AdamW", 0.0005, 0.9, "nothing is left out"),
+    (BlockSparse("topk"), "AdamW", 0.001, 0.0, "about 4 steps"),
+    (BlockSparse("topk", density="auto", max_inconsistency=1.0, min_density=0.04), "AdamW", 0.002, 0.0, "25 steps"),
+    (BlockSparse(), "SGD with momentum", 0.03, 0.9, "unbiased"),
+    (Dense(), "AdamW", 0.0005, 0.9, "as plain DDP does"),
+    (DivideAndShuffle(), "SGD with momentum", 0.03, 0.9, "mean of the replicas"),
+    (Elastic(NOMINATED), "AdamW", 0.002, 0.0, "about 25 steps"),
+])  # fmt: skip
+def test_where_a_search_begins(method, under, lr, own, says):
+    found = thinwire.suggest(method, optimizer(under), world_size=4)
+    assert found.lr == pytest.approx(lr, rel=1e-3)
+    assert (found.momentum if found.beta1 is None else found.beta1) == own
+    assert found.lr == pytest.approx(found.factor * optimizer(under).param_groups[0]["lr"])
+    assert says in str(found) and f"lr={lr:.3g}" in str(found)
+
+
+def test_what_cannot_be_suggested_is_refused():
+    with pytest.raises(TypeError, match="must be a thinwire method"):
+        thinwire.suggest("topk", optimizer("SGD"))
+    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer"):
+        thinwire.suggest(NOMINATED, 0.1)
+    with pytest.raises(ValueError, match="pass world_size="):
+        thinwire.suggest(BlockSparse("topk"), optimizer("AdamW"))
+
+
+def warned(rank, n, method, under):
+    model = mlp(layers=2)
+    with logged() as said:
+        handle = thinwire.attach(wrap(model), method, optimizer=OPTIMIZERS[under](model.parameters()))
+    handle.close()
+    return said
+
+
+@pytest.mark.parametrize(("method", "under", "says"), [
+    (NOMINATED, "AdamW", ("AdamW's beta1 of 0.9", "about 25 steps", "at 0.002", "thinwire.suggest")),
+    (Elastic(NOMINATED), "AdamW", ("AdamW's beta1 of 0.9",)),
+    (NOMINATED, "SGD with momentum", ("SGD's momentum of 0.9", "at 0.0949", "BlockSparse(..., momentum=0.9)")),
+    (BlockSparse("independent", memory="error_feedback"), "AdamW", ("about 2 steps",)),
+    (BlockSparse("topk"), "SGD", ("'topk'", "1 / world_size = 0.5", "density=0.04 (a share: 4 %)")),
+    (BlockSparse("nominated"), "SGD", ("'nominated'", "default density")),
+    (DivideAndShuffle(group_size=2), "SGD", ("groups of 2 on 2 ranks", "plain average")),
+])  # fmt: skip
+def test_what_is_unlikely_to_be_meant_is_warned_of_with_numbers(ranks, method, under, says):
+    for said in ranks(2).run(warned, method, under):
+        assert len(said) == 1 and all(word in said[0] for word in says)
+
+
+@pytest.mark.parametrize(("method", "under"), [
+    (NOMINATED, "AdamW without beta1"), (NOMINATED, "SGD"), (BlockSparse(), "AdamW"), (Dense(), "AdamW"),
+    (BlockSparse("nominated", density=1.0), "AdamW"), (BlockSparse("topk", density=0.1, momentum=0.9), "SGD"),
+    (Elastic(Dense()), "AdamW"),
+])  # fmt: skip
+def test_what_is_right_is_not_warned_of(ranks, method, under):
+    assert ranks(2).run(warned, method, under) == [[]] * 2
+
+
+def test_groups_that_differ_are_not_warned_of_and_one_rank_never_is(ranks):
+    assert ranks(4).run(warned, DivideAndShuffle(group_size=2), "SGD") == [[]] * 4
+    assert ranks(1).run(warned, BlockSparse("topk"), "AdamW") == [[]]
+
+
+def test_a_density_in_per_cent_is_told_that_it_is_a_share():
+    with pytest.raises(ValueError, match=r"density=4\): .*a share .*4 % is density=0.04"):
+        BlockSparse("nominated", density=4)
