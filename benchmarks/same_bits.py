@@ -151,11 +151,11 @@ def digests() -> dict[str, str]:
 
 def about() -> dict[str, str]:
     """Where and of what digests are made."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=HERE.parent,
-                               capture_output=True, text=True)  # fmt: skip
-    return {"processor": torch.backends.cpu.get_cpu_capability() + ", " + platform.machine(), "torch": torch.__version__,
-            "python": platform.python_version(), "date": datetime.date.today().isoformat(),
-            "commit": described.stdout.strip()}  # fmt: skip
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+    processor = f"{torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    return {"processor": processor, "torch": torch.__version__, "python": platform.python_version(),
+            "date": datetime.date.today().isoformat(), "commit": commit}  # fmt: skip
 
 
 def main() -> int:
