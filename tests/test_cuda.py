@@ -18,18 +18,18 @@ def train(rank, n, method, device, steps=20):
     model = mlp().to(device)
     ddp, optimizer = wrap(model), sgd(model)
     handle = thinwire.attach(ddp, method, optimizer=optimizer) if method is not None else None
-    batches, losses = data(rank), []
+    batches, begin = data(rank), flat([p.cpu() for p in model.parameters()])
     for _ in range(steps):
         x, y = (one.to(device) for one in next(batches))
         optimizer.zero_grad()
         loss = ((ddp(x) - y) ** 2).mean()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
     if handle is not None:
         handle.finalize()
     equal = equal_on_all_ranks([p.detach().cpu() for p in model.parameters()])
-    return equal, flat([p.detach().cpu() for p in model.parameters()]), losses[0], losses[-1]
+    end = flat([p.detach().cpu() for p in model.parameters()])
+    return equal, end, (end - begin).norm()
 
 
 def name_of(method):
@@ -40,9 +40,8 @@ def name_of(method):
 def test_replicas_are_bitwise_equal_and_near_the_cpus(ranks, method):
     there, here = ranks(2).run(train, method, "cuda"), ranks(2).run(train, method, "cpu")
     assert all(equal for equal, *_ in there)
-    (_, gpu, first, last), (_, cpu, *_) = there[0], here[0]
-    assert last < first
-    assert (gpu - cpu).norm() < 0.05 * cpu.norm()
+    (_, gpu, moved), (_, cpu, _) = there[0], here[0]
+    assert moved > 20 * (gpu - cpu).norm()  # the two differ in how products are added up, by far less than a step
 
 
 def test_dense_is_plain_ddp(ranks):

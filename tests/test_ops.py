@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinwire import ops
@@ -373,7 +374,8 @@ def nvcc():
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc here")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_compiles(source, tmp_path):
-    command = [nvcc(), "-c", source, "-o", tmp_path / "out.o", "-std=c++17", "-fmad=false", "-arch=sm_80"]
+    of_torch = torch.utils.cpp_extension.COMMON_NVCC_FLAGS  # which forbid what nvcc by itself lets pass
+    command = [nvcc(), "-c", source, "-o", tmp_path / "out.o", "-std=c++17", "-fmad=false", "-arch=sm_80", *of_torch]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -381,6 +383,7 @@ def test_cuda_compiles(source, tmp_path):
 def test_without_compiled_operators():
     code = """
 import torch
+import torch.utils.cpp_extension
 from thinwire import ops
 from thinwire.core.blocks import Layout
 slots = Layout(("a",), (40,), 16).slots((3,))

@@ -53,10 +53,14 @@ struct WideOf<double> {
 template <typename T>
 using wide_t = typename WideOf<T>::type;
 
+// By intrinsics: PyTorch's builds forbid the implicit conversions of 16-bit types.
+__device__ inline float widen_16(__half value) { return __half2float(value); }
+__device__ inline float widen_16(__nv_bfloat16 value) { return __bfloat162float(value); }
+
 template <typename Wide, typename T>
 __device__ Wide widen(T value) {
     if constexpr (sizeof(T) >= 4) return static_cast<Wide>(value);
-    else return static_cast<Wide>(static_cast<float>(value));
+    else return static_cast<Wide>(widen_16(value));
 }
 
 // double goes to 16 bits by way of float, as in torch.
