@@ -24,8 +24,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thinwire.core import selection
 from thinwire.core.blocks import Layout
-from thinwire.core.selection import named_by_rank
 from thinwire.methods import Method, block_sparse
 
 KINDS = ("all_reduce", "all_gather", "all_to_all")
@@ -115,15 +115,15 @@ def exchanges(method: Method, numels: Sequence[int], ranks: int, *, algorithm: s
     slots = Layout(names, tuple(numels), method.block_size).slots(method.counts_at(step, ranks, tuple(numels)))
     width = method.wire_dtype.itemsize
     sizes = [end - begin for begin, end in zip(slots.offsets, slots.offsets[1:])]
-    if all(slots.whole) or method.selection in ("shared", "nominated"):
+    chosen = selection.Whole if all(slots.whole) else selection.BY_NAME[method.selection]
+    if chosen.common:
         owned = width * sum(-(-size // ranks) for size in sizes)
         found = owner_exchange(ranks * owned, ranks, algorithm)
-        if method.selection == "nominated" and not all(slots.whole):
-            named = 4 * int(named_by_rank(slots, step, ranks).sum(1).max())
-            found = (Collective("all_gather", named, ranks, algorithm), *found)
+        if chosen.talks:
+            found = (Collective("all_gather", 4 * chosen.asked(slots, step, ranks), ranks, algorithm), *found)
         return found
     sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
-    message = width * sum(sizes) + 4 * sparse * (method.selection == "topk")
+    message = width * sum(sizes) + 4 * sparse * chosen.sends_indices
     return (Collective("all_gather", message, ranks, algorithm),)
 
 

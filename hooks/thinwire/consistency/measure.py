@@ -17,6 +17,7 @@ import torch
 
 from thinwire.consistency import bounds
 from thinwire.core.blocks import unit_of
+from thinwire.core.selection import BY_NAME
 from thinwire.methods import BlockSparse, Dense, Elastic, Method
 
 SKETCH = 2048
@@ -83,7 +84,7 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
         # beta lets be late of the average has no smaller bound. A correction is the average less the own gradient.
         late = method.max_delay * gradient_norm if method.beta < 1 else 0.0
         return inner + (2 if method.speculate else 1) * late
-    if not isinstance(method, BlockSparse) or method.selection == "nominated" and method.memory != "none":
+    if not isinstance(method, BlockSparse) or BY_NAME[method.selection].talks and method.memory != "none":
         return None  # a rank's own residual need not shrink where others nominate the blocks
     if method.memory != "error_feedback":
         return 0.0

@@ -41,32 +41,51 @@ class Choice:
     indices: torch.Tensor | None = None
 
 
+class Selection:
+    """Base of every selection.
+
+    ranks: it needs the blocks' norms. common: the blocks are the same on every rank, once they are chosen. talks: it
+    asks the other ranks before it chooses. sends_indices: the others cannot compute its blocks, so their numbers travel.
+    """
+
+    ranks = False
+    common = False
+    talks = False
+    sends_indices = False
+
+    def choose(self, q: Question) -> Choice:
+        raise NotImplementedError
+
+    @staticmethod
+    def asked(slots: Slots, step: int, world_size: int) -> int:
+        """How many int32 a rank sends to every other before it chooses."""
+        return 0
+
+
 def _common(slots: Slots, blocks: torch.Tensor) -> Choice:
     return Choice(slots, blocks, True, lambda _: blocks[None])
 
 
-class Whole:
+class Whole(Selection):
     """Every block: dense steps."""
 
-    ranks = False
+    common = True
 
     def choose(self, q: Question) -> Choice:
         return _common(q.slots, q.slots.every_block.to(q.device))
 
 
-class Shared:
+class Shared(Selection):
     """The same random blocks on every rank."""
 
-    ranks = False
+    common = True
 
     def choose(self, q: Question) -> Choice:
         return _common(q.slots, _draw(q, [0], [0])[0])
 
 
-class Independent:
+class Independent(Selection):
     """Every rank draws its own blocks, and computes the others' from the same generator (1901.09437, §2)."""
-
-    ranks = False
 
     def choose(self, q: Question) -> Choice:
         streams = range(1, q.world_size + 1)
@@ -74,20 +93,19 @@ class Independent:
         return Choice(q.slots, own, False, lambda _: _draw(q, streams, [0] * q.world_size))
 
 
-class Permuted:
+class Permuted(Selection):
     """One common permutation, dealt to the ranks in order: disjoint sets up to a density of 1 / world_size."""
-
-    ranks = False
 
     def choose(self, q: Question) -> Choice:
         own = _draw(q, [0], [q.rank])[0]
         return Choice(q.slots, own, False, lambda _: _draw(q, [0] * q.world_size, range(q.world_size)))
 
 
-class TopK:
+class TopK(Selection):
     """Each rank's heaviest blocks. Their numbers travel, but for parameters that travel whole."""
 
     ranks = True
+    sends_indices = True
 
     def choose(self, q: Question) -> Choice:
         own = _heaviest(q.norms, q.slots, q.device)
@@ -101,7 +119,7 @@ class TopK:
         return Choice(q.slots, own, False, rows, own[sent].to(torch.int32))
 
 
-class Nominated:
+class Nominated(Selection):
     """Each rank names its share of the heaviest blocks, and all ranks send the union of what was named.
 
     The places are dealt to the ranks in turn, each parameter from a rank of its own and one further in every step,
@@ -109,6 +127,12 @@ class Nominated:
     """
 
     ranks = True
+    common = True
+    talks = True
+
+    @staticmethod
+    def asked(slots: Slots, step: int, world_size: int) -> int:
+        return int(named_by_rank(slots, step, world_size).sum(1).max())
 
     def choose(self, q: Question) -> Choice:
         layout = q.slots.layout
@@ -126,7 +150,7 @@ class Nominated:
         return _common(slots, (union - bounds[row]).to(q.device))
 
 
-BY_NAME = {
+BY_NAME: dict[str, type[Selection]] = {
     "independent": Independent, "permuted": Permuted, "shared": Shared, "topk": TopK, "nominated": Nominated,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from thinwire.core.reducer import Encoded
+from thinwire.core.selection import BY_NAME
 from thinwire.core.stats import ring_all_reduce_bytes
 from thinwire.core.wire import Arrived, SummableFloat, SummableHalf
 from thinwire.horovod.stock import hvd, require
@@ -53,10 +54,11 @@ class GradientCompressor(GradientHandle):
         require()
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         runs = method if runs is None else runs
-        if self._block_sparse.selection == "topk":
+        selection = BY_NAME[self._block_sparse.selection]
+        if selection.sends_indices:
             raise ValueError(
-                "BlockSparse(selection='topk') gives every rank blocks that the others cannot know, and Horovod's "
-                "all-reduce needs the same ones on all: use selection='nominated'"
+                f"BlockSparse(selection={self._block_sparse.selection!r}) gives every rank blocks that the others "
+                "cannot know, and Horovod's all-reduce needs the same ones on all: use selection='nominated'"
             )
         if self._block_sparse.wire_dtype == torch.bfloat16:
             raise ValueError(
@@ -68,7 +70,7 @@ class GradientCompressor(GradientHandle):
         self._parameters = _trainable(named_parameters)
         self._steps = dict.fromkeys((name for name, _ in self._parameters), 0)
         self._next = 0
-        self._defers = self._block_sparse.selection == "nominated"
+        self._defers = selection.talks
         self._deferred: dict[str, _InFlight] = {}
         self._averaged: dict[str, torch.Tensor] = {}
         self._warned = False

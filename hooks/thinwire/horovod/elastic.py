@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from thinwire.core.reducer import Encoded
+from thinwire.core.selection import BY_NAME
 from thinwire.elastic.late_steps import LateSteps, check_optimizer
 from thinwire.elastic.lateness import Late, heaviest
 from thinwire.horovod.compressor import GradientCompressor
@@ -152,7 +153,7 @@ class ElasticCompressor(LateSteps, GradientCompressor):
     def _units(self, group, wanted):
         """What is encoded at once: all that is wanted where ranks talk first, else each parameter by itself."""
         chosen = [one for one in group if wanted(one.name)]
-        together = self._block_sparse.selection == "nominated"
+        together = BY_NAME[self._block_sparse.selection].talks
         return [
             _Gradients(tuple(one.name for one in some), tuple(one.grad.numel() for one in some),
                        torch.cat([one.grad.reshape(-1) for one in some]))

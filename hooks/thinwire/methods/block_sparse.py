@@ -7,8 +7,10 @@ import torch
 
 from thinwire.methods.base import Method, check_integer, check_number, check_one_of, check_wire_dtype
 
-RANDOM = ("independent", "permuted", "shared")
-HEAVIEST = ("topk", "nominated")
+# Whether the blocks are drawn at random: then what is sent, divided by the density, is an unbiased estimate. The classes
+# that choose are in thinwire.core.selection.
+SELECTIONS = {"independent": True, "permuted": True, "shared": True, "topk": False, "nominated": False}
+RANDOM = tuple(name for name, random in SELECTIONS.items() if random)
 MEMORIES = ("none", "error_feedback", "control_variate")
 
 
@@ -71,7 +73,7 @@ class BlockSparse(Method):
     max_density: float = 1.0
 
     def __post_init__(self):
-        check_one_of(self, "selection", RANDOM + HEAVIEST)
+        check_one_of(self, "selection", tuple(SELECTIONS))
         if self.memory is None:
             object.__setattr__(self, "memory", "none" if self.selection in RANDOM else "error_feedback")
         check_one_of(self, "memory", MEMORIES)

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from thinwire.methods import BlockSparse, DivideAndShuffle, Method
-from thinwire.methods.block_sparse import HEAVIEST
+from thinwire.methods.block_sparse import RANDOM
 from thinwire.methods.schedules import Partition
 from thinwire.state.suggest import final_density, suggest
 
@@ -19,7 +19,7 @@ def caution(method: Method, optimizer: torch.optim.Optimizer | None, world_size:
     """
     if world_size == 1 or not isinstance(method, BlockSparse):
         return
-    if method.selection in HEAVIEST and method.density is None:
+    if method.selection not in RANDOM and method.density is None:
         _log.warning("thinwire: BlockSparse(%r) has the default density, 1 / world_size = %.3g, which is the paper's "
                      "for random blocks: the heaviest are worth sending alone, so give it one, such as density=0.04 (a "
                      "share: 4 %%)", method.selection, 1 / world_size)  # fmt: skip

@@ -2,8 +2,8 @@
 
 import torch
 
+from thinwire.core import selection
 from thinwire.core.blocks import Layout
-from thinwire.core.selection import named_by_rank
 from thinwire.core.stats import ring_all_reduce_bytes
 from thinwire.methods import DivideAndShuffle, Elastic, Method, block_sparse
 from thinwire.state.names import parameter_names
@@ -36,11 +36,10 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     values = sum(size * w for size, w in zip(sizes, widths))
     owned = sum(-(-size // world_size) * w for size, w in zip(sizes, widths))
     sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
-    if all(slots.whole) or method.selection == "shared":
-        sent = 2 * peers * owned
-    elif method.selection == "nominated":
-        sent = 2 * peers * owned + 4 * peers * int(named_by_rank(slots, step, world_size).sum(1).max())
+    chosen = selection.Whole if all(slots.whole) else selection.BY_NAME[method.selection]
+    if chosen.common:
+        sent = 2 * peers * owned + 4 * peers * chosen.asked(slots, step, world_size)
     else:
-        sent = peers * (values + 4 * sparse * (method.selection == "topk"))
+        sent = peers * (values + 4 * sparse * chosen.sends_indices)
     dense = ring_all_reduce_bytes(sum(p.numel() * p.element_size() for p in parameters), world_size)
     return {"bytes_sent": sent, "dense_bytes": dense, "compression": dense / sent if sent else 1.0}
