@@ -188,11 +188,12 @@ class ControlVariate:
         return {}
 
 
+BY_NAME = {"none": NoMemory, "error_feedback": ErrorFeedback, "control_variate": ControlVariate}
+
+
 def of(name: str, momentum: float) -> NoMemory | ErrorFeedback | ControlVariate:
-    """The memory that BlockSparse names."""
-    if name == "none":
-        return NoMemory()
-    return ErrorFeedback(momentum) if name == "error_feedback" else ControlVariate()
+    """The memory that BlockSparse names. momentum: with error feedback only."""
+    return BY_NAME[name](momentum) if momentum else BY_NAME[name]()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

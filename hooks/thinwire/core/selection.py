@@ -45,7 +45,8 @@ class Selection:
     """Base of every selection.
 
     ranks: it needs the blocks' norms. common: the blocks are the same on every rank, once they are chosen. talks: it
-    asks the other ranks before it chooses. sends_indices: the others cannot compute its blocks, so their numbers travel.
+    asks the other ranks before it chooses. sends_indices: the numbers of its blocks travel, because no other rank can
+    compute them.
     """
 
     ranks = False

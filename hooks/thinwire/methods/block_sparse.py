@@ -7,7 +7,7 @@ import torch
 
 from thinwire.methods.base import Method, check_integer, check_number, check_one_of, check_wire_dtype
 
-# Whether the blocks are drawn at random: then what is sent, divided by the density, is an unbiased estimate. The classes
+# Whether blocks are drawn at random: then what is sent, divided by the density, is an unbiased estimate. The classes
 # that choose are in thinwire.core.selection.
 SELECTIONS = {"independent": True, "permuted": True, "shared": True, "topk": False, "nominated": False}
 RANDOM = tuple(name for name, random in SELECTIONS.items() if random)
