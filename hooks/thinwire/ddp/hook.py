@@ -51,7 +51,7 @@ class HookState(Mounted, GradientHandle):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return self._group
+        return dist.group.WORLD if self._group is None else self._group
 
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take the process group from the model."""
@@ -60,7 +60,7 @@ class HookState(Mounted, GradientHandle):
 
     def _open(self) -> None:
         """Make what is needed to average; the process groups of the job are there."""
-        self._group = dist.group.WORLD if self._group is None else self._group
+        self._group = self.group
         self._names = parameter_names(self.module, self._ignored)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
         self._start(numels, self._group.rank(), self._group.size())

@@ -19,11 +19,9 @@ class Mounted:
     """What DDP has as the state of its hook. One verb, ``reduce``: the future of what DDP is to take for a bucket.
 
     Once it is closed, DDP's buckets are averaged whole, as without a hook, until something else follows in its place.
-    A copy or an unpickled one reduces nothing: PyTorch copies hooks but never calls the copies.
     """
 
     closed = False
-    is_copy = False
     _follower: "Mounted | None" = None
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -46,7 +44,18 @@ class Mounted:
         return _averaged_whole(bucket, self.group) if self.closed else self.reduce(bucket)
 
     def __reduce__(self):
-        return _copied, (type(self),)
+        return Copied, ()
+
+
+class Copied(Mounted):
+    """What is copied or unpickled of any of them: nothing, for PyTorch copies hooks and never calls the copies."""
+
+    is_copy = True
+
+    def __init__(self):
+        _log.warning("thinwire: a DistributedDataParallel with a hook was copied or unpickled. PyTorch never calls the "
+                     "hook of the copy, so if you train it, it averages whole gradients: call thinwire.attach on it, "
+                     "which starts without memory.")  # fmt: skip
 
 
 def mount(ddp: DistributedDataParallel, state: Mounted) -> None:
@@ -74,12 +83,3 @@ def _averaged_whole(bucket, group):
 def _done(future, flat):
     future.value()  # raises if the collective failed; what it holds differs between backends
     return flat
-
-
-def _copied(kind):
-    _log.warning("thinwire: a DistributedDataParallel with a hook was copied or unpickled. PyTorch never calls the "
-                 "hook of the copy, so if you train it, it averages whole gradients: call thinwire.attach on it, which "
-                 "starts without memory.")  # fmt: skip
-    state = kind.__new__(kind)
-    state.is_copy = True
-    return state
