@@ -1,11 +1,13 @@
 # make demo | test | test-full | lint | docs | bench | bench-full | horovod      each sets up what it needs in .venv
+# make test-torch TORCH=2.6.0      the core tests on another torch, in an environment of its own
 PYTHON  ?= python3
 VENV    := .venv
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check -q
 HOROVOD := 0.28.1
+TORCH   ?= 2.6.0
 
-.PHONY: demo test test-full lint docs bench bench-full horovod clean
+.PHONY: demo test test-full test-torch lint docs bench bench-full horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.thinwire $(VENV)/.iproute2
@@ -17,6 +19,23 @@ test: lint $(VENV)/.horovod $(VENV)/.iproute2
 
 test-full: lint $(VENV)/.horovod $(VENV)/.iproute2
 	$(PY) -m pytest tests -n 2 --dist loadfile
+
+# That setup.py's range is true. torch and what it pins itself come as it wants them, all else as in constraints.txt.
+# Where the index has no CPU build of that torch, this brings CUDA's libraries, some gigabytes.
+test-torch: TORCH_VENV := .venv-torch-$(TORCH)
+test-torch:
+	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
+	grep -v -E '^(torch|sympy)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check -q install -c $(TORCH_VENV)/constraints.txt \
+	    "setuptools<81" wheel ninja torch==$(TORCH) numpy pytest pytest-timeout pytest-xdist hypothesis expecttest
+	rm -rf $(TORCH_VENV)/source && mkdir $(TORCH_VENV)/source
+	cp -r setup.py pyproject.toml MANIFEST.in csrc hooks $(TORCH_VENV)/source
+	rm -rf $(TORCH_VENV)/source/hooks/thinwire/*.so $(TORCH_VENV)/source/hooks/thinwire/_build.json
+	USE_CPP=1 USE_CUDA=0 $(TORCH_VENV)/bin/python -m pip --disable-pip-version-check -q install \
+	    --no-build-isolation --no-deps --force-reinstall $(TORCH_VENV)/source
+	$(TORCH_VENV)/bin/thinwire info
+	$(TORCH_VENV)/bin/python -m pytest tests/test_ops.py tests/test_ddp.py tests/test_memory.py tests/test_methods.py \
+	    tests/test_handle.py -n 2 --dist loadfile -m "not full"
 
 bench: $(VENV)/.thinwire $(VENV)/.iproute2
 	mkdir -p results
@@ -33,13 +52,14 @@ horovod: $(VENV)/.horovod
 lint: $(VENV)/.thinwire
 	$(PY) -m ruff check .
 	$(VENV)/bin/lint-imports --no-logo
+	$(PY) -m mypy hooks/thinwire
 
 docs: $(VENV)/.thinwire
 	$(PY) -m sphinx -W --keep-going -q docs build/docs
 	@echo "docs: build/docs/index.html"
 
 clean:
-	rm -rf $(VENV) build hooks/thinwire/*.so hooks/*.egg-info
+	rm -rf $(VENV) .venv-torch-* build hooks/thinwire/*.so hooks/*.egg-info
 
 $(VENV)/.deps: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

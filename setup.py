@@ -53,6 +53,7 @@ def operators():
 
     class BuildOperators(BuildExtension):
         def run(self):
+            self.force = True  # what was built before may be of another torch
             try:
                 super().run()
             except (Exception, SystemExit) as error:
@@ -111,7 +112,9 @@ setup(
     description="Data-parallel PyTorch training on slow networks",
     package_dir={"": "hooks"},
     packages=find_packages("hooks"),
-    package_data={"thinwire": ["_build.json"]},
+    package_data={"thinwire": ["_build.json", "py.typed"]},
+    entry_points={"console_scripts": ["thinwire = thinwire.__main__:main"]},
+    license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy"],
     extras_require={

@@ -1,0 +1,287 @@
+"""Are the tests awake? Breaks the package on purpose, one line at a time, and expects a test to fail each time.
+
+    python tests/breakages.py                  # all of them, some minutes
+    python tests/breakages.py NAME ...         # some
+    python tests/breakages.py --list
+
+Every breakage is one piece of text in one file of hooks/thinwire, there exactly once, what it is replaced by, and the
+tests that must see it. The file is restored afterwards, on Ctrl-C and on SIGTERM too; one with uncommitted changes is
+not touched. Exits with 1 if a breakage was not caught, or could not be tried.
+
+Compiled operators are not rebuilt: what breaks their reference runs with THINWIRE_REFERENCE=1, and the tests that
+compare the two hold the compiled ones to it.
+"""
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+HOOKS = TESTS.parent / "hooks"
+SECONDS = 240  # a breakage may end in ranks that wait for each other: then it is caught too
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """file: in hooks/thinwire. tests: node ids below tests/. reference: on the operators in plain PyTorch."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    reference: bool = False
+
+
+BREAKAGES = {
+    # ---- ops ----
+    "take-keeps-what-was-sent": Breakage(
+        "ops/reference.py", "            if clear:\n", "            if False:\n",
+        ("test_ops.py::test_nothing_is_lost",), reference=True,
+    ),
+    "take-forgets-the-rounding-error": Breakage(
+        "ops/reference.py", "torch.where(torch.isfinite(taken), values - taken, values)", "torch.zeros_like(values)",
+        ("test_memory.py::test_error_feedback_conserves_exactly[topk-wire_dtype1]",), reference=True,
+    ),
+    "velocity-stays-in-sent-blocks": Breakage(
+        "ops/reference.py", "                velocity[index] = 0\n", "                pass\n",
+        ("test_memory.py::test_momentum_is_cleared_where_a_block_was_sent",), reference=True,
+    ),
+    "reference-is-not-the-operator": Breakage(
+        "ops/reference.py", "lanes[:, :half] + lanes[:, half:]", "lanes[:, :half] + 1.0001 * lanes[:, half:]",
+        ("test_ops.py::TestEqualsReference::test_accumulate",),
+    ),
+    # ---- core ----
+    "settle-ignores-bad": Breakage(
+        "core/memory.py", "(~good).to(torch.int32).reshape(1)", "torch.zeros(1, dtype=torch.int32)",
+        ("test_ddp.py::test_a_step_that_overflows_is_skipped_everywhere_and_leaves_no_trace"
+         "[topk-error_feedback-float32]",),
+    ),
+    "owners-lost-part-is-not-given-back": Breakage(
+        "core/memory.py", "_add_lost(residual, choice, total.lost, good, 1.0)", "pass",
+        ("test_memory.py::test_error_feedback_conserves_exactly[shared-wire_dtype1]",),
+    ),
+    "control-variate-learns-from-its-own-rank-only": Breakage(
+        "core/memory.py", "_scatter(changes, total.rows, total.slots, total.to_mean, mean, accumulate=True)", "pass",
+        ("test_estimator.py::test_control_variate_is_unbiased_whatever_it_holds",
+         "test_checkpoint.py::test_at_another_number_of_ranks_no_mass_is_lost"),
+    ),
+    "mean-is-divided-by-one-rank-less": Breakage(
+        "core/reducer.py", "n = self.world_size if divide_by", "n = self.world_size - 1 if divide_by",
+        ("test_memory.py::test_error_feedback_conserves_exactly[shared-wire_dtype0]",),
+    ),
+    "estimates-are-not-scaled": Breakage(
+        "core/reducer.py", "choice.slots.shares if self.method.unbiased else", "choice.slots.shares if False else",
+        ("test_estimator.py::test_unbiased_with_the_papers_variance[independent-alike]",),
+    ),
+    "permuted-deals-overlap": Breakage(
+        "core/selection.py", "own = _draw(q, [0], [q.rank])[0]", "own = _draw(q, [0], [0])[0]",
+        ("test_estimator.py::test_permuted_masks_are_disjoint_and_cover_all",),
+    ),
+    "independent-ranks-share-a-stream": Breakage(
+        "core/selection.py", "streams = range(1, q.world_size + 1)", "streams = [1] * q.world_size",
+        ("test_estimator.py::test_independent_masks_overlap_by_tau_and_no_more",),
+    ),
+    "draws-ignore-the-step": Breakage(
+        "core/selection.py", "q.seed, q.step, streams", "q.seed, 0, streams",
+        ("test_estimator.py::test_draws_change_with_step_seed_and_parameter",),
+    ),
+    "nominations-do-not-rotate": Breakage(
+        "core/selection.py", "slots.layout.units % world_size - step)", "slots.layout.units % world_size)",
+        ("test_memory.py", "test_ddp.py::test_estimate_is_what_is_sent"),
+    ),
+    "residual-stays-behind-with-its-bucket": Breakage(
+        "core/store.py", "                    view.copy_(self._views[name])\n", "                    pass\n",
+        ("test_ddp.py::test_results_do_not_depend_on_buckets",),
+    ),
+    "state-is-loaded-onto-another-name": Breakage(
+        "core/store.py", "{name: tensor.detach().clone().reshape(-1) for",
+        "{name: [t for t in tensors.values() if t.numel() == tensor.numel()][-1].clone().reshape(-1) for",
+        ("test_checkpoint.py::test_state_loaded_before_the_model_is_known",),
+    ),
+    "float16-wire-overflows": Breakage(
+        "core/wire.py", "(15 - exponent)", "(18 - exponent)",
+        ("test_replicas.py::test_float16_wire_neither_overflows_nor_flushes",),
+    ),
+    "dealt-payload-comes-back-shifted": Breakage(
+        "core/exchange.py", "            piece.copy_(row)\n", "            piece.copy_(row.roll(1, -1))\n",
+        ("test_replicas.py::test_nothing_left_out_is_plain_ddp[Dense(wire_dtype=torch.float32)-2]",),
+    ),
+    "bytes-are-counted-for-one-rank-more": Breakage(
+        "core/stats.py", "2 * (world_size - 1) * nbytes", "2 * world_size * nbytes",
+        ("test_ddp.py::test_stats",),
+    ),
+    # ---- methods ----
+    "permuted-shares-blocks-by-rounding": Breakage(
+        "methods/block_sparse.py", "count = min(count, blocks // world_size)", "pass",
+        ("test_methods.py::test_permuted_ranks_never_share_a_block_at_the_default_density",),
+    ),
+    "ranks-that-never-meet-are-allowed": Breakage(
+        "methods/schedules.py", "return len(found) == 1", "return True",
+        ("test_schedules.py::test_ranks_that_never_meet_are_refused",),
+    ),
+    # ---- consistency ----
+    "sketch-without-signs": Breakage(
+        "consistency/measure.py", "(1 - 2 * (drawn & 1)) * tensor", "tensor",
+        ("test_consistency.py::test_sketch_keeps_norms_and_sums",),
+    ),
+    "controller-steers-the-wrong-way": Breakage(
+        "consistency/controller.py", "math.exp(GAIN *", "math.exp(-GAIN *",
+        ("test_consistency.py::test_controller_does_not_oscillate_while_gradients_fall_a_hundredfold",),
+    ),
+    "bound-of-error-feedback-forgets-what-accumulates": Breakage(
+        "consistency/bounds.py", "(1 - gamma) ** 3", "(1 - gamma)",
+        ("test_bounds.py::test_values",),
+    ),
+    # ---- state ----
+    "memory-follows-the-scale-backwards": Breakage(
+        "state/gradients.py", "self._rescale(scale / self._scale)", "self._rescale(self._scale / scale)",
+        ("test_ddp.py::test_memory_follows_the_scale",),
+    ),
+    "fewer-ranks-get-unscaled-residuals": Breakage(
+        "state/checkpoint.py", "share = tensor * (now / was)", "share = tensor",
+        ("test_checkpoint.py::test_at_another_number_of_ranks_no_mass_is_lost",),
+    ),
+    "ranks-agree-on-everything": Breakage(
+        "state/agree.py", "        if len(ranks) > 1:\n", "        if False:\n",
+        ("test_refusals.py::test_only_some_ranks_resumed",),
+    ),
+    # ---- ddp ----
+    "closed-hook-stays-at-work": Breakage(
+        "ddp/mount.py", "_averaged_whole(bucket, self.group) if self.closed else self.reduce(bucket)",
+        "self.reduce(bucket)",
+        ("test_handle.py::test_after_close_the_model_is_plain_ddp",),
+    ),
+    # ---- elastic ----
+    "late-gradients-are-applied-twice": Breakage(
+        "elastic/lateness.py", "                    late.give_up(name)\n", "                    pass\n",
+        ("test_elastic.py::test_ledger_applies_each_part_once_also_in_other_buckets",),
+    ),
+    "the-lightest-buckets-are-waited-for": Breakage(
+        "elastic/lateness.py", "(-norms[i], i)", "(norms[i], i)",
+        ("test_elastic.py::test_heaviest_are_the_fewest_that_make_up_beta",),
+    ),
+    "finalize-drops-what-is-late": Breakage(
+        "elastic/late_steps.py", "        self._apply_pending()\n        self._ledger.clear()\n",
+        "        self._land()\n        self._ledger.clear()\n",
+        ("test_handle.py::test_closing_applies_what_is_late",),
+    ),
+    "evaluating-leaves-late-gradients-in-the-model": Breakage(
+        "elastic/late_steps.py", "p.detach().copy_(saved[name])", "pass",
+        ("test_elastic.py::test_evaluating_leaves_no_trace_in_model_or_optimizer",),
+    ),
+    "what-is-due-waits-a-step-longer": Breakage(
+        "elastic/scheduling.py", "if late.step <= step - self.method.max_delay]",
+        "if late.step < step - self.method.max_delay]",
+        ("test_elastic.py", "test_consistency.py"),
+    ),
+    # ---- replicas ----
+    "every-round-has-the-same-groups": Breakage(
+        "replicas/rounds.py", "self.partitions[index % len(self.partitions)]", "self.partitions[0]",
+        ("test_shuffle.py::test_rounds_are_what_they_say[none]",),
+    ),
+    "moments-are-never-averaged": Breakage(
+        "replicas/moments.py", 'int("betas" in optimizer.defaults)', "0",
+        ("test_shuffle.py::test_adams_moments_are_averaged_and_sgds_momentum_is_not",),
+    ),
+    "evaluating-leaves-the-mean-in-the-model": Breakage(
+        "replicas/handle.py", "tensor.detach().copy_(one)", "pass",
+        ("test_shuffle.py::test_the_model_evaluated_is_the_same_everywhere_and_leaves_no_trace[none]",),
+    ),
+    "a-skipped-step-has-no-round": Breakage(
+        "replicas/stepping.py", "if ours and self._called == before:", "if False:",
+        ("test_shuffle.py::test_a_step_that_one_rank_skips[none-0]",),
+    ),
+    # ---- hogwild ----
+    "workers-residuals-are-their-own-copies": Breakage(
+        "hogwild/worker.py", "        return self._given\n", "        return self._given.clone()\n",
+        ("test_hogwild.py::test_what_is_written_and_what_waits_add_up_to_the_steps",),
+    ),
+    "workers-forget-how-late-they-are": Breakage(
+        "hogwild/worker.py", "delay = int(counts[BEGUN].sum()) - seen", "delay = 0",
+        ("test_hogwild.py::test_a_late_update_is_measured_as_late_as_it_is[dense-one rate]",),
+    ),
+    # ---- horovod ----
+    "union-of-blocks-in-the-wrong-order": Breakage(
+        "horovod/compressor.py", "values[torch.searchsorted(union, own)]", "values[torch.arange(len(own))]",
+        ("test_horovod.py::test_on_ranks[2-union_by_hand-independent-none-float32]",),
+    ),
+    # ---- advice ----
+    "a-ring-sends-everything-twice": Breakage(
+        "advice/cost.py", "else (n - 1) / n)\n", "else 1.0)\n",
+        ("test_cost.py::test_hops_and_bytes_are_those_of_counted_messages",),
+    ),
+    "the-slowest-method-is-advised": Breakage(
+        "advice/verdict.py", "min(step_s, key=step_s.get)", "max(step_s, key=step_s.get)",
+        ("test_advise.py::test_the_fastest_is_taken_where_the_network_costs_much",),
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="say what there is, and do nothing")
+    args = parser.parse_args()
+    if args.list:
+        for name, one in BREAKAGES.items():
+            print(f"{name}: {one.file}; {', '.join(one.tests)}")
+        return 0
+    if unknown := [name for name in args.names if name not in BREAKAGES]:
+        parser.error(f"there is no {', '.join(unknown)}: see --list")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are restored
+    missed = []
+    for name in args.names or BREAKAGES:
+        begin = time.monotonic()
+        said = attempt(BREAKAGES[name])
+        print(f"{name}: {said}, {time.monotonic() - begin:.0f} s", flush=True)
+        missed += [name] if not said.startswith("caught") else []
+    print(f"{len(missed)} not caught: {', '.join(missed)}" if missed else "all caught")
+    return bool(missed)
+
+
+def attempt(breakage: Breakage) -> str:
+    """Break, test, restore; what came of it."""
+    path = HOOKS / "thinwire" / breakage.file
+    changed = subprocess.run(["git", "status", "--porcelain", "--", path], cwd=TESTS, capture_output=True, text=True)
+    if changed.returncode or changed.stdout:
+        return f"not tried: {breakage.file} {'has uncommitted changes' if changed.stdout else 'is in no git checkout'}"
+    whole = path.read_text()
+    if (found := whole.count(breakage.old)) != 1:
+        return f"not tried: {breakage.old.strip()!r} is {found} times in {breakage.file}"
+    try:
+        path.write_text(whole.replace(breakage.old, breakage.new))
+        return _caught(breakage)
+    finally:
+        path.write_text(whole)
+
+
+def _caught(breakage):
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not full",
+               "--tb=line", *breakage.tests]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(HOOKS), "PYTHONDONTWRITEBYTECODE": "1"}
+    if breakage.reference:
+        environment["THINWIRE_REFERENCE"] = "1"
+    process = subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"caught: its tests hang, stopped after {SECONDS} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with all ranks that it started
+            process.wait()
+    if process.returncode == 1 and (failed := re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)):
+        return f"caught by {failed[0].removeprefix('tests/')}"
+    if process.returncode == 0:
+        return "NOT CAUGHT: " + output.strip().splitlines()[-1]
+    return f"not tried: pytest ended with status {process.returncode}:\n{output[-2000:]}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
