@@ -10,13 +10,17 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from thinnet import interface_bytes
+
 from suite.methods import CONTESTANTS, DDP
 from suite.tasks import TASKS
 from suite.worlds import Gloo, Horovod
-from thinnet import interface_bytes
-from torch.nn.parallel import DistributedDataParallel
 
 STARTING = 180  # seconds that a busy machine may take until the first step
 UNTYPICAL = 5  # first steps of a run, in which DDP rebuilds its buckets and some methods still send all
@@ -172,7 +176,7 @@ def speed(run, world, watch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", help="a file: a JSON list of runs, as suite/plan.py describes them")
+    parser.add_argument("runs", help="a file: a JSON list of runs, as plan.py describes them")
     parser.add_argument("--patience", type=float, default=60, help="seconds without a step that make a hang")
     args = parser.parse_args()
     with open(args.runs) as file:
@@ -188,7 +192,7 @@ def main():
         if world.rank == 0:
             print(json.dumps({"end": i} | found), flush=True)
         world.barrier()
-    # Not the destructors: see task.leave.
+    # Not the destructors: see leave() in common/task.py.
     world.barrier()
     sys.stdout.flush()
     os._exit(0)
