@@ -83,7 +83,7 @@ class Trainee:
     def result(self, world, uncounted: int = 0) -> dict:
         """Of the steps counted: times in ms and bytes a step, means over the ranks.
 
-        uncounted: so many of them are not in the figures, the first of each turn.
+        uncounted: so many of them are not in the figures, the first of each turn. stats_bytes is rank 0's, of all.
         """
         counted = slice(self._counted_from, None)
         everyone = world.gather([figures[counted] for figures in (self.seconds, self.sent, self.received)])
@@ -105,6 +105,8 @@ class Trainee:
             found["turns_ms"] = [each[i : i + turn] for i in range(0, len(each), turn)]
         now = self._stats()
         steps = len(self.seconds) - self._counted_from
+        if now:
+            found["stats_bytes"] = (now["bytes_sent"] - self._before["bytes_sent"]) / steps
         return found | {name.replace("_s", "_ms"): 1e3 * (now[name] - self._before[name]) / steps
                         for name in SECONDS if name in now}  # fmt: skip
 
