@@ -11,7 +11,7 @@ TORCH   ?= 2.6.0
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.thinwire $(VENV)/.iproute2
-	$(PY) benchmarks/demo.py
+	$(PY) benchmarks/demo/run.py
 
 # Two workers, because some tests wait for processes and others compute; a file's tests stay with one worker.
 test: lint $(VENV)/.horovod $(VENV)/.iproute2
@@ -39,13 +39,13 @@ test-torch:
 
 bench: $(VENV)/.thinwire $(VENV)/.iproute2
 	mkdir -p results
-	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json results/bench_raw.json
-	$(PY) benchmarks/bench_table.py results/bench_raw.json
-	$(PY) benchmarks/train.py --quick
+	$(PY) -m pytest benchmarks/operators --benchmark-only --benchmark-json results/bench_raw.json
+	$(PY) benchmarks/operators/table.py results/bench_raw.json
+	$(PY) benchmarks/suite/train.py --quick
 
 # A night. It goes on where it was interrupted.
 bench-full: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
-	$(PY) benchmarks/train.py --full
+	$(PY) benchmarks/suite/train.py --full
 
 horovod: $(VENV)/.horovod
 

@@ -29,7 +29,7 @@ mine = training[rank::world_size]
 model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 ddp = DistributedDataParallel(model)
 optimizer = torch.optim.SGD(ddp.parameters(), lr=0.2)
-handle = thinwire.attach(ddp, thinwire.BlockSparse(selection="nominated", density=0.05))  # the one line
+handle = thinwire.attach(ddp, thinwire.BlockSparse("nominated", density=0.05), optimizer=optimizer)  # the one line
 
 for step in range(1, args.steps + 1):
     batch = mine[torch.randint(len(mine), (32,))]

@@ -1,18 +1,12 @@
 """The bounds of elastic consistency: their values, the simulations that measure against them, and the benchmark."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from thinwire import BlockSparse
-from thinwire.consistency import bounds
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "elastic"))
-import bounds as benchmark
-import record
-from relaxations import (
+from common import record
+from elastic import bounds as benchmark
+from elastic.relaxations import (
     Digits,
     Due,
     ElasticScheduler,
@@ -23,6 +17,8 @@ from relaxations import (
     gamma,
     simulate,
 )
+from thinwire import BlockSparse
+from thinwire.consistency import bounds
 
 NUMELS = Digits().numels
 SYSTEMS = benchmark.systems(NUMELS)
@@ -184,20 +180,13 @@ def test_what_exceeds_its_bound_is_told():
     assert "1 / (6 L max_delay)" in benchmark.exceeded([row | {"L": 100.0}])[0]
 
 
-def test_the_record_is_kept_and_its_table_put_into_the_readme(tmp_path, monkeypatch):
+def test_the_record_is_kept_and_makes_a_table(tmp_path, monkeypatch):
     rows = [{"system": system, "setting": "p=8", "measured": 0.5, "bound": 2.0} for system in SYSTEMS]
     kept = record.save("elastic_bounds", "python x.py", rows, tmp_path, seeds=[0])
     assert record.load("elastic_bounds", tmp_path) == kept == json.loads((tmp_path / "elastic_bounds.json").read_text())
     assert {"date", "machine", "versions", "seeds", "command", "rows"} == set(kept)
-    with pytest.raises(SystemExit, match="nothing.json is not there"):
-        record.load("nothing", tmp_path)
-    readme = tmp_path / "README.md"
-    monkeypatch.setattr(record, "README", readme)
-    readme.write_text("before\n")
-    with pytest.raises(SystemExit, match="no block <!-- elastic bounds -->"):
-        benchmark.write_readme(kept)
-    readme.write_text("before\n<!-- elastic bounds -->\nold\n<!-- /elastic bounds -->\nafter\n")
-    benchmark.write_readme(kept)
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- elastic bounds -->\n| ") and text.endswith("<!-- /elastic bounds -->\nafter\n")
-    assert "old" not in text and text.count("p=8: 0.5 / 2") == len(SYSTEMS) and "`python x.py`" in text
+    monkeypatch.setattr(record, "TABLES", tmp_path / "tables")
+    benchmark.write_docs(kept)
+    text = (tmp_path / "tables" / "elastic_bounds.md").read_text()
+    assert text.startswith("| what is late or kept back |") and "\n`python x.py`, " in text
+    assert text.count("p=8: 0.5 / 2") == len(SYSTEMS)

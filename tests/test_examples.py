@@ -1,4 +1,4 @@
-"""The scripts that a person runs first: both examples, and a short demo."""
+"""The scripts that a person runs first: the examples, and a short demo."""
 import importlib.util
 import json
 import os
@@ -7,11 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
 import pytest
-from demo_rank import CONTESTANTS
+import thinwire
+from common import record as records
+from common.task import ByteTransformer
+from demo import run as demo
+from demo.rank import BEST, CONTESTANTS
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")  # which takes a free port
 
 
 def run(*command, timeout=900):
@@ -38,16 +43,25 @@ def compression(output):
     return float(re.search(r"([\d.]+) times fewer", output)[1])
 
 
+def check_bytes_of_the_ddp_example(output, ranks):
+    model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 512), nn.Linear(512, 10))
+    most = thinwire.estimate(thinwire.BlockSparse("nominated", density=0.05), model, ranks)["bytes_sent"]
+    sent = int(re.search(r"(\d+) bytes sent a step", output)[1])
+    assert 0.8 * most < sent <= most, "ranks that name the same block send it once"
+
+
 def test_the_ddp_example_learns_at_a_fraction_of_the_bytes():
-    output = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "examples/ddp.py")
+    output = run(*TORCHRUN, "--nproc-per-node", 2, "examples/ddp.py")
     assert accuracy(output) > 0.9
     assert compression(output) > 15
+    check_bytes_of_the_ddp_example(output, 2)
 
 
 def test_the_ddp_example_runs_on_a_thin_network():
     output = run(sys.executable, "benchmarks/thinnet.py", "--ranks", 2, "--mbit", 50, "--", sys.executable,
                  "examples/ddp.py", "--steps", 50)  # fmt: skip
     assert "[0] accuracy" in output
+    check_bytes_of_the_ddp_example(output, 2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod")
@@ -59,7 +73,7 @@ def test_the_horovod_example_learns_at_a_fraction_of_the_bytes():
 
 
 def test_the_shuffle_example_learns_and_averages_weights():
-    output = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "examples/shuffle_swa.py")
+    output = run(*TORCHRUN, "--nproc-per-node", 2, "examples/shuffle_swa.py")
     assert accuracy(output) > 0.93
     assert float(re.search(r"([\d.]+) over replicas,", output)[1]) > 0.93
 
@@ -72,19 +86,22 @@ def test_each_example_differs_from_plain_training_by_one_line():
 
 
 def test_a_short_demo_leaves_its_record_and_picture(tmp_path):
-    run(sys.executable, "benchmarks/demo.py", "--seconds", 3, "--ranks", 2, "--mbit", 200, "--methods", "dense",
+    run(sys.executable, "benchmarks/demo/run.py", "--seconds", 2, "--ranks", 2, "--mbit", 200, "--methods", "dense",
         "best", "--out", tmp_path)  # fmt: skip
     record = json.loads((tmp_path / "demo.json").read_text())
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert record["ranks"] == 2 and list(record["methods"]) == ["dense", "best"]
     for result in record["methods"].values():
         assert result["status"] == "done"
-        assert 0 < result["seconds"] < 6
+        assert 0 < result["seconds"] < 5
         assert result["curve"][0][2] == pytest.approx(5.6, abs=0.3)  # both start from the same model, knowing nothing
         assert result["curve"][-1][2] < result["curve"][0][2]
         assert len(result["all_step_ms"]) == result["steps"] == result["curve"][-1][1]
+    dense, best = record["methods"]["dense"], record["methods"]["best"]
+    estimate = lambda step: thinwire.estimate(BEST, ByteTransformer(), 2, step)["bytes_sent"]
+    most = BEST.warmup_steps * estimate(0) + (best["steps"] - BEST.warmup_steps) * estimate(None)
+    assert best["steps"] > BEST.warmup_steps and 0.8 * most < best["stats_bytes"] <= most
     if record["shaped"]:
-        dense, best = record["methods"]["dense"], record["methods"]["best"]
         ring = 4 * dense["parameters"]  # two ranks: 2 (n - 1) / n = 1 time the gradient
         assert dense["step_bytes"] == pytest.approx(ring, rel=0.1)
         assert best["bytes"] == pytest.approx(best["stats_bytes"], rel=0.1)
@@ -109,16 +126,11 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_the_readme_is_rewritten_from_the_record_and_a_hang_is_called_one(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n")
-    monkeypatch.setattr(demo, "README", readme)
-    demo.write_readme(RECORD)
-    once = readme.read_text()
-    demo.write_readme(RECORD)
-    assert readme.read_text() == once
-    assert once.startswith("before\n<!-- demo -->\n|") and once.endswith("<!-- /demo -->\nafter\n")
-    assert "old" not in once
+def test_the_table_is_made_of_the_record_and_a_hang_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "TABLES", tmp_path)
+    demo.write_table(RECORD)
+    once = (tmp_path / "demo.md").read_text()
+    assert once.startswith("| method |") and once.endswith("(../../benchmarks/results/demo.png)\n")
     assert "| 160 ms | 0.1 MB | 200 x | 30 MB | 240 | 2.400 |" in once
     assert '`BlockSparse("nominated", density=0.01)`' in once and "plain DDP 0.003, 0.5;" in once
     assert "7 (hung)" in once and "3.100" in once

@@ -4,12 +4,12 @@ import itertools
 import json
 
 import pytest
-import record
+import thinwire
 import torch
-import train
+from common import record
 from rich.console import Console
 from suite import ledger as ledgers
-from suite import plan, report
+from suite import plan, report, train
 from suite.ledger import Ledger, final_loss
 from suite.methods import CONTESTANTS, DDP, bf16_hook
 from suite.outcomes import BEGIN_DENSE, DENSE_AT_FIRST, END, HALF, Outcomes
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 LR = json.dumps({"lr": 0.1})
 
 
-def training(method="dense", task="cancer", **fields):
+def training(method="dense", task="digits", **fields):
     fields = {"options": LR, "tuned_as": method, "ranks": 2, "steps": 12, "seed": 1} | fields
     return plan.Training("quality", task, method, **fields)
 
@@ -78,8 +78,23 @@ def test_what_another_machine_or_code_measured_is_kept_and_not_counted(ledger, m
     assert shown.code == "another" and len(shown.rows) == 1 and shown.others == 1
 
 
+def test_rows_of_a_task_that_is_gone_are_kept_and_in_no_table(ledger, tmp_path, capsys):
+    add_quality(ledger, "dense", 2.0)
+    gone = ledger.rows[0] | {"task": "gone", "date": "1999-01-01", "busy_before": 0.9}
+    with ledger.path.open("a") as file:
+        file.write(json.dumps(gone) + "\n")
+    again = Ledger(ledger.path)
+    assert again.rows == ledger.rows and again.others == 1 and again.is_current()
+    shown = Ledger.of_newest(ledger.path)
+    assert shown.rows == [*ledger.rows, gone], "scale.py reads them"
+    report.show(shown, tmp_path)
+    assert "3 rows of code" in (said := capsys.readouterr().out) and "; 1 of other machines" in said
+    written = (tmp_path / "train.md").read_text()
+    assert "gone" not in written and "1999" not in written and "at most 0%" in written
+
+
 @pytest.mark.parametrize("name, more, same", [
-    ("ops.py", b"x = 1", False), ("ops.py", b"# only a comment", True), ("info.py", b"x = 1", True),
+    ("reducer.py", b"x = 1", False), ("reducer.py", b"# only a comment", True), ("info.py", b"x = 1", True),
     ("select.cpp", b"int x;", False), ("train_rank.py", b"x = 1", False), ("report.py", b"x = 1", True),
 ])  # fmt: skip
 def test_the_code_is_what_steps_run(monkeypatch, name, more, same):
@@ -341,20 +356,18 @@ def test_where_plain_ddp_fails_there_is_a_report_without_targets(ledger, tmp_pat
     assert "plain DDP (1 of 1 failed)" in (tmp_path / "train.md").read_text()
 
 
-def test_the_report_prints_draws_and_rewrites_the_readme(ledger, tmp_path, monkeypatch, capsys):
+def test_the_report_prints_draws_and_writes_the_tables_of_the_documentation(ledger, tmp_path, monkeypatch, capsys):
     for method, last, ms in (("dense", 2.0, 1000.0), ("powersgd-1", 2.1, 105.0), ("nominated-4", 2.1, 100.0)):
         add_quality(ledger, method, last)
         for ranks, mbit in itertools.product((2, 4), plan.ALL_RATES):
             add_speed(ledger, method, ms, mbit, ranks)
     run = plan.Training("direct", "bytes-adamw", "dense", LR, "dense", mbit=100.0, steps=100)
     ledger.add(run.key("dense"), result([[s, 11 * t, loss] for s, t, loss in line(4.2, 2.2)]))
-    readme = tmp_path / "README.md"
-    names = ("train", "train overall", "train direct")
-    readme.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in names) + "after\n")
-    monkeypatch.setattr(record, "README", readme)
-    report.show(Ledger.of_newest(ledger.path), tmp_path, readme=True)
-    text = readme.read_text()
-    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    monkeypatch.setattr(record, "TABLES", tmp_path / "tables")
+    report.show(Ledger.of_newest(ledger.path), tmp_path, docs=True)
+    texts = {path.stem: path.read_text() for path in (tmp_path / "tables").glob("*.md")}
+    assert set(texts) == {"train", "train_overall", "train_direct"}
+    text = "".join(texts.values())
     assert "| plain DDP | 100.0 | 110.0 | 1.10 | equal |" in text
     assert text.count("nominated 4 %") == 1 + len(plan.ALL_RATES) and "seeds 1, 2, 3" in text
     race = "nominated 4 % 7.0 s / PowerSGD rank 1 7.3 s: 1.04, a tie"
@@ -373,12 +386,23 @@ def run_all(ledger, runs):
         train.Runner(ledger, progress, patience=60).run("test", runs)
 
 
-def test_runs_are_done_once_kept_and_a_failing_one_does_not_stop_the_others(ledger):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A ledger and the runs that were done for it, of which the second fails; a failed one is not tried again."""
+    steep = {"task": "digits", "steps": 30}
     runs = [
-        training("dense"), training("dense", options=json.dumps({"lr": -1})), training("nominated-4"),
-        plan.Speed("cancer", ("noop", "dense", "powersgd-1"), 2, 0.0, turns=1),
+        training("dense", **steep), training("dense", options=json.dumps({"lr": -1})), training("nominated-4", **steep),
+        plan.Speed("digits", ("noop", "dense", "powersgd-1"), 2, 0.0, turns=1),
     ]  # fmt: skip
-    run_all(ledger, runs)
+    ledger = Ledger(tmp_path_factory.mktemp("suite") / "train.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "TRIES", 1)
+        run_all(ledger, runs)
+    return ledger, runs
+
+
+def test_runs_are_done_once_kept_and_a_failing_one_does_not_stop_the_others(measured):
+    ledger, runs = measured
     status = {(row["method"], row["options"]): row["status"] for row in ledger.find(kind="train")}
     assert status == {("dense", LR): "done", ("nominated-4", LR): "done", ("dense", '{"lr": -1}'): "failed"}
     failed = ledger.find(status="failed")[0]
@@ -394,11 +418,20 @@ def test_runs_are_done_once_kept_and_a_failing_one_does_not_stop_the_others(ledg
     assert ledger.has(runs[1]) and not ledger.has(runs[1], failed_too=False)
 
 
-class Broken:
-    """Stands for a rank that ends in the middle of the second method's turn, again and again."""
+def test_training_is_reproducible_and_learns(measured):
+    ledger, (dense, _, nominated, _) = measured
+    curves = [[loss for _, _, loss in row["curve"]] for row in ledger.find(kind="train", status="done")]
+    assert all(curve[-1] < 0.3 * curve[0] for curve in curves)
+    again = Ledger(ledger.path.with_name("again.jsonl"))
+    run_all(again, [dense, nominated])
+    assert [[loss for _, _, loss in row["curve"]] for row in again.rows] == curves
 
-    def __init__(self):
-        self.started = []
+
+class Played:
+    """Stands for the network and its ranks; these end in the middle of one method's turn, again and again."""
+
+    def __init__(self, hangs=None):
+        self.hangs, self.started = hangs, []
 
     def run(self, command, env, on_line):
         with open(command[2]) as file:
@@ -407,7 +440,7 @@ class Broken:
         on_line(0, json.dumps({"begin": 0}), "stdout")
         for method in methods:
             on_line(0, json.dumps({"turn": method}), "stdout")
-            if method == "powersgd-1":
+            if method == self.hangs:
                 on_line(0, "Timeout (0:01:00)!", "stderr")
                 return 1
         for method in methods:
@@ -415,14 +448,17 @@ class Broken:
         on_line(0, json.dumps({"end": 0}), "stdout")
         return 0
 
+    def do(self, ledger, run):
+        with train._progress(Console(quiet=True)) as progress:
+            runner = train.Runner(ledger, progress, patience=60)
+            bar, waiting = progress.add_task("test", total=1), [run]
+            while waiting:
+                waiting = runner._start(self, waiting, bar)
+
 
 def test_of_methods_in_turns_only_the_one_that_hangs_is_given_up(ledger):
-    run, net = plan.Speed("digits", ("noop", "powersgd-1", "dense"), 2, 0.0), Broken()
-    with train._progress(Console(quiet=True)) as progress:
-        runner = train.Runner(ledger, progress, patience=60)
-        bar, waiting = progress.add_task("test", total=1), [run]
-        while waiting:
-            waiting = runner._start(net, waiting, bar)
+    run, net = plan.Speed("digits", ("noop", "powersgd-1", "dense"), 2, 0.0), Played("powersgd-1")
+    net.do(ledger, run)
     assert net.started == [["noop", "powersgd-1", "dense"]] * 2 + [["noop", "dense"]]
     status = {row["method"]: row["status"] for row in ledger.rows}
     assert status == {"powersgd-1": "hung", "noop": "done", "dense": "done"}
@@ -432,47 +468,70 @@ def test_of_methods_in_turns_only_the_one_that_hangs_is_given_up(ledger):
 def test_nothing_is_kept_of_code_that_changed_while_it_ran(ledger, monkeypatch):
     monkeypatch.setattr(ledger, "is_current", lambda: False)
     with pytest.raises(SystemExit, match="was changed while they ran it"):
-        run_all(ledger, [training("dense")])
+        Played().do(ledger, plan.Speed("digits", ("noop", "dense"), 2, 0.0))
     assert not ledger.path.exists()
 
 
-def test_training_is_reproducible_and_learns(ledger):
-    runs = [training("dense", steps=60), training("nominated-4", steps=60)]
-    run_all(ledger, runs)
-    curves = [[loss for _, _, loss in row["curve"]] for row in ledger.rows]
-    assert all(curve[-1] < 0.3 * curve[0] for curve in curves)
-    again = Ledger(ledger.path.with_name("again.jsonl"))
-    run_all(again, runs)
-    assert [[loss for _, _, loss in row["curve"]] for row in again.rows] == curves
+def check_bytes(method, row):
+    """What the method says that it sent is what estimate() says, and what the interface counted, where there is one."""
+    configured, said, sent = CONTESTANTS[method].method, row.get("stats_bytes"), row["sent_bytes"]
+    gradient = 4 * row["parameters"]
+    if isinstance(configured, thinwire.DivideAndShuffle):  # in groups of 2 as much as is averaged, BatchNorm's too
+        assert gradient < said < 1.01 * gradient
+    elif configured is not None:
+        most = thinwire.estimate(configured, TASKS["digits"].model(), 4)["bytes_sent"]
+        if "nominated" in method:  # ranks that name the same block send it once
+            assert 0.8 * most < said <= most
+        elif "elastic" in method:  # and a few bytes of norms
+            assert most < said < 1.001 * most
+        else:
+            assert said == most
+    elif method in ("dense", "fp16", "bf16"):  # 3 rounds of a quarter each, twice
+        said = 6 / 4 * gradient / (1 if method == "dense" else 2)
+    if sent is not None and said is not None and method != "ds-sync-delayed":  # whose last round is on its way
+        assert said < sent < 1.05 * said + 25_000  # TCP's headers and acknowledgements
 
 
-def test_every_method_of_ddp_trains(ledger):
-    methods = [name for name, one in CONTESTANTS.items() if one.door == DDP and one.trains]
-    gently = json.dumps({"lr": 0.01})
-    run_all(ledger, [training(method, "digits", ranks=4, steps=8, options=gently) for method in methods])
+def check_training(ledger, methods):
+    gently = json.dumps({"lr": 0.03})
+    run_all(ledger, [training(method, "digits", ranks=4, steps=12, options=gently) for method in methods])
     assert {row["method"]: row["status"] for row in ledger.rows} == dict.fromkeys(methods, "done")
-    start = ledger.rows[0]["curve"][0]
+    losses = {row["method"]: [loss for _, _, loss in row["curve"]] for row in ledger.rows}
+    start = losses["dense"][0]
     for row in ledger.rows:
-        assert row["curve"][0] == start, "all begin alike"
-        # Within 8 steps the sparsest have hardly begun.
-        assert row["curve"][-1][2] != start[2] and row["curve"][-1][2] < 1.02 * start[2], row["method"]
-    sent = {row["method"]: row["sent_bytes"] for row in ledger.rows}
-    if sent["dense"] is not None:  # None where there are no network namespaces
-        # 3 rounds of a quarter each, twice, and TCP's headers; a sixteenth of the blocks is the most of nominated
-        assert sent["dense"] == pytest.approx(6 / 4 * 4 * ledger.rows[0]["parameters"], rel=0.1)
-        assert sent["fp16"] == pytest.approx(sent["dense"] / 2, rel=0.1)
-        assert 0 < sent["nominated-1"] < sent["dense"] / 10
+        method = row["method"]
+        assert losses[method][0] == start, "all begin alike"
+        # Of the heaviest 0.5 % little has arrived after 12 steps, and yet plain DDP is only three times as far.
+        assert losses[method][-1] < 0.95 * start, method
+        check_bytes(method, row)
+    assert losses["thinwire-dense"] == pytest.approx(losses["dense"], rel=1e-3)
+
+
+TRAINED = [name for name, one in CONTESTANTS.items() if one.door == DDP and one.trains]
+ONE_OF_A_KIND = ("dense", "fp16", "bf16", "powersgd-1", "thinwire-dense", "independent", "independent-sega", "permuted",
+                 "shared-5", "topk-1", "nominated-0.5", "nominated-4-bf16", "nominated-4-momentum", "ds-sync",
+                 "ds-sync-delayed", "elastic-nominated")  # fmt: skip
+
+
+def test_a_method_of_every_kind_trains_and_sends_what_it_says(ledger):
+    check_training(ledger, ONE_OF_A_KIND)
+
+
+@pytest.mark.full
+def test_every_method_of_ddp_trains_and_sends_what_it_says(ledger):
+    check_training(ledger, TRAINED)
 
 
 def test_horovods_methods_train_and_equal_ddp(ledger):
     pytest.importorskip("horovod.torch")
     methods = [name for name, one in CONTESTANTS.items() if one.door != DDP]
     # No BatchNorm: DDP gives all ranks the first's statistics, Horovod leaves each its own.
-    run_all(ledger, [training(method, "cancer", steps=8) for method in ("dense", *methods)])
+    run_all(ledger, [training(method, "bytes-sgd", steps=8) for method in ("dense", *methods)])
     losses = {row["method"]: [loss for _, _, loss in row["curve"]] for row in ledger.find(status="done")}
     assert set(losses) == {"dense", *methods}
     assert losses["horovod"] == pytest.approx(losses["dense"], rel=1e-4)
     assert losses["horovod-fp16"] == pytest.approx(losses["dense"], rel=0.02)
+    assert losses["horovod-nominated-4"][-1] < 0.95 * losses["horovod-nominated-4"][0]
 
 
 def average_by_bf16(rank, n):
@@ -526,9 +585,8 @@ def test_every_example_is_one_ranks():
     assert total == pytest.approx(float(whole.held_out_part(model)), rel=1e-5)
 
 
-@pytest.mark.parametrize("name, dims, most", [("digits", (0, 2, 3), 3), ("cancer", 0, 20)])
-def test_examples_are_scaled_and_none_is_blown_up(name, dims, most):
-    data = TASKS[name].data(0, 1, 0)
+def test_examples_are_scaled_and_none_is_blown_up():
+    data, dims = TASKS["digits"].data(0, 1, 0), (0, 2, 3)
     assert data._examples.mean(dims).abs().max() < 1e-5
     assert data._examples.std(dims) == pytest.approx(torch.ones(data._examples.shape[1]), abs=1e-4)
-    assert data._part[0].abs().max() < most, "pixels never set in training have no deviation to divide by"
+    assert data._part[0].abs().max() < 3, "pixels never set in training have no deviation to divide by"

@@ -1,7 +1,7 @@
 """Elastic consistency measured: how far workers' parameters are from the ideal iterate, against the bound B.
 
     python benchmarks/elastic/bounds.py             every system of the table, about two minutes
-    python benchmarks/elastic/bounds.py readme      puts the table of the committed result into README.md
+    python benchmarks/elastic/bounds.py --docs      docs/tables/elastic_bounds.md from the committed result
 
 The systems of Nadiradze et al. (2001.05918), simulated (relaxations.py) as they train a small network on the digits of
 scikit-learn, and error feedback with thinwire's own operators. Measured is the root of the mean of ||x - v||^2 over
@@ -17,7 +17,14 @@ import sys
 from pathlib import Path
 
 import torch
-from relaxations import (
+from rich.progress import track
+from thinwire import BlockSparse
+from thinwire.consistency import bounds as bound_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.record import RESULTS, load, origin, print_table, save, write_table
+
+from elastic.relaxations import (
     LR,
     Digits,
     ElasticScheduler,
@@ -28,12 +35,6 @@ from relaxations import (
     gamma,
     simulate,
 )
-from rich.progress import track
-from thinwire import BlockSparse
-from thinwire.consistency import bounds as bound_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
-from record import RESULTS, load, origin, print_table, save, write_readme_block
 
 STEPS = 150
 STEPS_OF_MEMORY = 400  # a residual grows for about as many steps as there are blocks to a block sent
@@ -132,12 +133,12 @@ def exceeded(rows: list[dict]) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["measure", "readme"], default="measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default benchmarks/results)")
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
-        return write_readme(load("elastic_bounds"))
+    if args.docs:
+        return write_docs(load("elastic_bounds"))
     torch.set_num_threads(1)  # the same sums whatever the machine; and for such small products no slower
     rows = measure_all(args.seeds)
     command = "python benchmarks/elastic/bounds.py"
@@ -152,14 +153,14 @@ def main():
     return "\n".join(exceeded(rows)) or None
 
 
-def write_readme(record):
+def write_docs(record):
     """A row a system, its settings side by side."""
     lines = []
     for system, (formula, _) in systems(Digits().numels).items():
         mine = [row for row in record["rows"] if row["system"] == system]
         cells = [f"{row['setting']}: {row['measured']:.3g} / {row['bound']:.3g}" for row in mine]
         lines.append((system, formula, "<br>".join(cells)))
-    write_readme_block("elastic bounds", ("what is late or kept back", "B", "measured / bound"), lines, origin(record))
+    write_table("elastic_bounds", ("what is late or kept back", "B", "measured / bound"), lines, origin(record))
 
 
 def draw(record: dict, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Does error feedback help asynchronous sparsified SGD? The experiment of elastic consistency's second version, anew.
 
     python benchmarks/elastic/error_feedback.py             about seven minutes on two cores
-    python benchmarks/elastic/error_feedback.py readme      puts the table of the committed result into README.md
+    python benchmarks/elastic/error_feedback.py --docs      docs/tables/elastic_error_feedback.md from what is committed
 
 A small CNN on scikit-learn's digits, trained by thinwire.hogwild: 1 to 8 workers on the cores that there are, all
 blocks, the heaviest 10 % or the heaviest 1 % in an update, with and without error feedback. Every run makes the same
@@ -25,12 +25,10 @@ from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
-from record import RESULTS, load, print_table, save, write_readme_block
-from record import origin as origin_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.record import RESULTS, load, markdown, origin, picture, print_table, save, write_table
 
 NAME = "elastic_error_feedback"
-MARK = "elastic error feedback"
 COMMAND = "python benchmarks/elastic/error_feedback.py"
 # At density 1 nothing is left for a memory, so dense with error feedback is the same as dense.
 METHODS = {
@@ -232,38 +230,36 @@ def draw(record, path):
 
 
 def footer(record):
-    heads, cells = consistency_table(record["rows"])
     shares = {row["method"].split(",")[0]: row["share"] for row in record["rows"]}
     rates = sorted({row["lr"] for row in record["rows"]})
     lines = [
         "Training loss, held-out accuracy (mean ± standard deviation over seeds) and the best learning rate of "
         f"{', '.join(f'{rate:g}' for rate in rates)}. The same runs' mean inconsistency ‖x − v‖ / lr, and longest "
         "delay in updates:", "",
-        "| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in cells), "",
+        markdown(*consistency_table(record["rows"])), "",
         *verdict(record["rows"]), "",
         f"{record['parameters']} parameters, {record['updates']} updates of {record['batch']} digits in all, blocks of "
         f"{record['block_size']} elements; really written: "
         + ", ".join(f"{100 * share:.3g} % at {name}" for name, share in shares.items() if name != "dense")
         + f". Seeds {record['seeds'][0]} to {record['seeds'][-1]}, {record['minutes']:.0f} minutes. "
-        + origin_of(record), "",
-        f"![Accuracy and inconsistency against workers](benchmarks/results/{NAME}.png)",
+        + origin(record), "",
+        picture(NAME, "Accuracy and inconsistency against workers"),
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["measure", "readme"], default="measure")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4], help="learning rates")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
     parser.add_argument("--updates", type=int, default=600, help="of all workers together (default 600)")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
-        record = load(NAME, args.out)
-        return write_readme_block(MARK, *quality_table(record["rows"]), footer(record))
+    if args.docs:
+        record = load(NAME)
+        return write_table(NAME, *quality_table(record["rows"]), footer(record))
     record = measure(args)
     draw(record, args.out / f"{NAME}.png")
     print_table(*quality_table(record["rows"]), title="training loss, held-out accuracy (best learning rate)")

@@ -1,7 +1,7 @@
 """Elastic scheduling measured: a step's time over beta and link rates, and the loss after equal steps and equal time.
 
     python benchmarks/elastic/speed.py                  2 ranks on a thin network, about 10 minutes
-    python benchmarks/elastic/speed.py readme           puts the tables of the committed result into README.md
+    python benchmarks/elastic/speed.py --docs           docs/tables/elastic_speed.md, elastic_loss.md from what is there
 
 Methods take turns of 7 steps with plain SGD, of which 2 are not counted, between barriers. Communication alone is what
 the synchronous method (beta 1) exchanges in a step with nothing else to do; computation alone is DDP with PyTorch's
@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 from rich.progress import track
-from speed_rank import BETAS, METHODS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
-from record import RESULTS, load, origin, print_table, save, write_readme_block
-from rows import rows_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.ranks import rows_of
+from common.record import RESULTS, load, origin, print_table, save, write_table
 from thinnet import ThinNet
+
+from elastic.speed_rank import BETAS, METHODS
 
 SCRIPT = Path(__file__).resolve().with_name("speed_rank.py")
 RANKS = 2
@@ -32,16 +33,16 @@ NAME = "elastic_speed"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["run", "readme"], default="run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="Mbit/s")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
+    if args.docs:
         record = load(NAME)
-        write_readme_block("elastic speed", *speed_table(record["rows"]), origin(record))
-        return write_readme_block("elastic loss", *loss_table(record["rows"]), origin(record))
+        write_table("elastic_speed", *speed_table(record["rows"]), origin(record))
+        return write_table("elastic_loss", *loss_table(record["rows"]), origin(record))
     rows = measure(args.rates, args.turns, args.seed)
     record = save(NAME, "python benchmarks/elastic/speed.py", rows, args.out, ranks=RANKS, seed=args.seed)
     print_table(*speed_table(rows), title="A step, ms (and against perfect overlap)")

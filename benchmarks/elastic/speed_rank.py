@@ -14,8 +14,8 @@ from thinwire import Dense, Elastic
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
-import task
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import task
 
 task.BATCH = 24  # windows a rank: computing takes about as long as exchanging does at some 500 Mbit/s
 BETAS = (1.0, 0.8, 0.5, 0.0)

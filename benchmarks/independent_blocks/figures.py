@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from algorithms import (
+from independent_blocks.algorithms import (
     ISEGA,
     Accelerated,
     Asynchronous,
@@ -31,7 +31,7 @@ from algorithms import (
     isgd_bound,
     isgd_step,
 )
-from problems import Logistic, Quadratics
+from independent_blocks.problems import Logistic, Quadratics
 
 NEAR = 1e-6  # ||x - x*||^2 / ||x0 - x*||^2 that counts as there
 ROUGH = {"digits": 0.1, "breast cancer": 0.02}  # (f - f*) / (f(x0) - f*): about thrice SGD's floor

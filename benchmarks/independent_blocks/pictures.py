@@ -3,8 +3,9 @@
 import matplotlib
 
 matplotlib.use("Agg")
-from figures import SWEPT
 from matplotlib import pyplot
+
+from independent_blocks.figures import SWEPT
 
 CURVES = ("5", "6", "7", "8", "stall")  # error against iterations; the others: iterations against n, n tau or M
 SHOWN = (("3", "quadratics"), ("4", "quadratics"), ("1 = 9", "digits"), ("2 = 11", "digits"), ("12", "digits"),
@@ -12,7 +13,7 @@ SHOWN = (("3", "quadratics"), ("4", "quadratics"), ("1 = 9", "digits"), ("2 = 11
 
 
 def draw(rows, path):
-    """The panels for README.md."""
+    """A choice of panels, which the documentation shows."""
     _grid(rows, SHOWN, 3, path, dpi=110)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/independent_blocks/reproduce.py                     every figure, about seven minutes of one core
     python benchmarks/independent_blocks/reproduce.py --figures 3 stall   some of them
-    python benchmarks/independent_blocks/reproduce.py readme              puts the table into README.md
+    python benchmarks/independent_blocks/reproduce.py --docs              docs/tables from the committed result
 
 Workers are simulated and iterations counted, as in the paper; the blocks are drawn by thinwire's own selections. On
 the paper's quadratics (its equation 17) and on logistic regression over two data sets that come with scikit-learn, in
@@ -10,7 +10,7 @@ the place of the paper's. Every line is run with several seeds; beside it stands
 shows curves and no numbers, so that there are none of it to compare with. Theorem 6's promise for logistic regression
 is an estimate, as its sigma^2 is taken at two points only.
 
-Left in the output folder: independent_blocks.json, independent_blocks.png (what README.md shows) and
+Left in the output folder: independent_blocks.json, independent_blocks.png (a choice of them) and
 independent_blocks_all.png. Exits with 1 if the mean over seeds of any line is later than its theorem promises.
 """
 import argparse
@@ -20,12 +20,24 @@ import sys
 from pathlib import Path
 
 import torch
-from figures import CLOSE, FIGURES, NEAR, PAPERS_L2, ROUGH, SEEDS, SWEPT, logistic, quadratics, workers_of
-from pictures import draw, draw_all
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder on the path
-from record import RESULTS, load, origin, print_table, save, write_readme_block
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.record import RESULTS, load, origin, print_table, save, write_table
+
+from independent_blocks.figures import (
+    CLOSE,
+    FIGURES,
+    NEAR,
+    PAPERS_L2,
+    ROUGH,
+    SEEDS,
+    SWEPT,
+    logistic,
+    quadratics,
+    workers_of,
+)
+from independent_blocks.pictures import draw, draw_all
 
 NAME = "independent_blocks"
 POINTS = 24  # of a curve that is kept
@@ -126,14 +138,14 @@ def late(rows) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["measure", "readme"], default="measure")
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE",
                         help=f"of {' '.join(FIGURES)} (default all)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few workers, seeds and steps: only to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default benchmarks/results)")
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
-        return write_readme(load(NAME))
+    if args.docs:
+        return write_docs(load(NAME))
     complete = not args.quick and args.figures == list(FIGURES)
     if args.out == RESULTS and not complete:
         parser.error("a part of the figures would overwrite the committed result: name a folder with --out")
@@ -176,7 +188,7 @@ def _extra(row):
     return "".join(f", {name}={row[key]:.3g}" for key, name in names.items() if key in row)
 
 
-# README.md's table: what a line says, its figure, problem and algorithm, and which of the row's values
+# The documentation's table: what a line says, its figure, problem and algorithm, and which of the row's values
 LINES = (
     ("quadratics: GD, step size 1/(2L)", "3", "quadratics", "GD, 1/(2L)", "iterations"),
     ("quadratics: IBCD", "3", "quadratics", "IBCD", "iterations"),
@@ -195,7 +207,7 @@ LINES = (
 )
 
 
-def write_readme(record):
+def write_docs(record):
     """A column for every n."""
     columns, lines, rows = workers_of("digits"), [], record["rows"]
     for label, figure, problem, algorithm, key in LINES:
@@ -204,7 +216,7 @@ def write_readme(record):
         cell = {"iterations": iterations, "promised": lambda row: str(row["promised"]),
                 "final": lambda row: f"{row['final']:.1e}"}[key]  # fmt: skip
         lines.append((label, *(cell(mine[n]) for n in columns)))
-    write_readme_block("independent blocks", ("iterations, τ = 1/n; n =", *map(str, columns)), lines, footer(record))
+    write_table(NAME, ("iterations, τ = 1/n; n =", *map(str, columns)), lines, footer(record))
 
 
 def footer(record) -> str:

@@ -1,1 +1,1 @@
-"""What train.py runs: tasks, methods, which runs there are, and where their results are kept."""
+"""``make bench-full``: tasks, methods, which runs there are, where results are kept, and what they add up to."""

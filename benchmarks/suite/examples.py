@@ -1,8 +1,8 @@
-"""The suite's small data sets, which scikit-learn ships, and the models that learn them."""
+"""The suite's small data set, which scikit-learn ships, and the model that learns it."""
 import itertools
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,11 +26,6 @@ def digits_cnn() -> nn.Module:
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, stride=1 if i == 0 else 2)
         layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
     return Classifier(*layers, nn.Flatten(), nn.Linear(192 * 4, 10))
-
-
-def logistic_regression() -> nn.Module:
-    """Of breast cancer's 30 columns, 62 parameters."""
-    return Classifier(nn.Linear(30, 2))
 
 
 class Examples:
@@ -68,8 +63,3 @@ class Examples:
 def digits(rank: int, n: int, seed: int) -> Examples:
     """1797 images of 8 x 8 pixels in 10 classes."""
     return Examples(load_digits(), (1, 8, 8), rank, n, seed)
-
-
-def breast_cancer(rank: int, n: int, seed: int) -> Examples:
-    """569 rows of 30 columns in 2 classes."""
-    return Examples(load_breast_cancer(), (30,), rank, n, seed)

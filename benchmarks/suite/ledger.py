@@ -18,13 +18,13 @@ from importlib import metadata
 from pathlib import Path
 
 import thinwire
-from demo import machine
+from common.record import ROOT, machine
 
 from suite.methods import CONTESTANTS
 from suite.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parents[2]
-RUN_BY_RANKS = ("train_rank.py", "task.py", "thinnet.py", "suite/tasks.py", "suite/methods.py", "suite/worlds.py")
+RUN_BY_RANKS = ("common/task.py", "thinnet.py",
+                *(f"suite/{name}.py" for name in ("train_rank", "tasks", "methods", "worlds")))  # fmt: skip
 # Rooms and files of the package that a step of DDP or Horovod does not run.
 ASIDE = {"__init__.py", "__main__.py", "advice", "bounds.py", "estimate.py", "hogwild", "info.py"}
 
@@ -76,7 +76,10 @@ def _measured_with(row):
 
 
 class Ledger:
-    """The rows of one file that belong to this machine, these versions and this code; ``others`` counts the rest."""
+    """The rows of one file that belong to this machine, these versions and this code; ``others`` counts the rest.
+
+    To show, rows of a task that the suite has no more belong to it as well (scale.py reads them); no table has them.
+    """
 
     def __init__(self, path: Path, of: dict | None = None):
         """of: a row whose machine, versions and code count, and each task's newest data, instead of the ones here."""
@@ -87,7 +90,7 @@ class Ledger:
         self.machine, _, self.code = like
         alike = [row for row in everything if _measured_with(row) == like]
         counted = {row["task"]: row.get("data") for row in alike} if of else self._data
-        self.rows = [row for row in alike if row.get("data") == counted[row["task"]]]
+        self.rows = [row for row in alike if row["task"] in counted and row.get("data") == counted[row["task"]]]
         self.others = len(everything) - len(self.rows)
 
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import thinwire
 import torch
 import torch.distributed as dist
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, Method
 from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
 
 DDP, HOROVOD = "DDP", "Horovod"
@@ -20,7 +20,7 @@ class Contestant:
     family: methods that differ in one knob only, a curve on a picture. attach(ddp, optimizer): makes a DDP model use
     it and returns thinwire's handle or None; for Horovod compression(named_parameters): what DistributedOptimizer
     takes. bucket_cap_mb: DDP's. momentum: the method has its own, so that the optimizer's is 0. trains: False for the
-    instrument, whose replicas drift apart. least_ranks: what it needs. what: thinwire's configuration, written out.
+    instrument, whose replicas drift apart. least_ranks: what it needs. method: thinwire's configuration.
     """
 
     label: str
@@ -31,11 +31,16 @@ class Contestant:
     momentum: bool = False
     trains: bool = True
     least_ranks: int = 2
-    what: str = ""
+    method: Method | None = None
 
     @property
     def door(self) -> str:
         return DDP if self.attach else HOROVOD
+
+    @property
+    def what(self) -> str:
+        """thinwire's configuration, written out."""
+        return repr(self.method) if self.method else ""
 
 
 def bf16_hook(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -66,7 +71,7 @@ def _powersgd(rank, half):
 
 def _ours(label, family, method, **also):
     attach = lambda ddp, optimizer: thinwire.attach(ddp, method, optimizer=optimizer)
-    return Contestant(label, family, attach, what=repr(method), **also)
+    return Contestant(label, family, attach, method=method, **also)
 
 
 def _sparse(label, family, selection, density=None, **fields):
@@ -120,7 +125,7 @@ CONTESTANTS = {
     "horovod-nominated-4": Contestant(
         "Horovod, nominated 4 %", "",
         compression=lambda named: thinwire.horovod.Compressor(named, NOMINATED),
-        what=repr(NOMINATED)),
+        method=NOMINATED),
 }  # fmt: skip
 
 

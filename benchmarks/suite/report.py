@@ -1,8 +1,8 @@
-"""Tables of the benchmark suite: in the terminal, all of them in train.md, the main ones in README.md."""
+"""Tables of the benchmark suite: in the terminal, all of them in train.md, the main ones in docs/tables."""
 import math
 from pathlib import Path
 
-import record
+from common import record
 
 from suite import pictures, plan
 from suite.ledger import Ledger
@@ -14,11 +14,13 @@ RATES = sorted(plan.ALL_RATES, key=lambda rate: rate or math.inf)
 AT_RATES = tuple(f"{rate:g} Mbit/s" if rate else "unshaped" for rate in RATES)
 
 
-def show(ledger: Ledger, out: Path, readme: bool = False) -> None:
-    """Print all tables, write them into out/train.md, draw all pictures, and put the main ones into README.md."""
+def show(ledger: Ledger, out: Path, docs: bool = False) -> None:
+    """Print all tables, write them into out/train.md, draw all pictures, and write the main ones into docs/tables."""
     outcomes = Outcomes(ledger)
-    print(f"{len(ledger.rows)} rows of code {ledger.code} on {ledger.machine['cores']} cores "
-          f"({ledger.machine['cpu']}); {ledger.others} of other machines, versions, code or data left out")  # fmt: skip
+    shown = len(_shown(ledger))
+    others = ledger.others + len(ledger.rows) - shown
+    print(f"{shown} rows of code {ledger.code} on {ledger.machine['cores']} cores "
+          f"({ledger.machine['cpu']}); {others} of other machines, versions, code, data or tasks left out")  # fmt: skip
     print(_busy(ledger))
     tables = list(_tables(outcomes))
     for title, heads, rows in tables:
@@ -28,8 +30,8 @@ def show(ledger: Ledger, out: Path, readme: bool = False) -> None:
     about = f"{ABOUT} {_coverage(outcomes)} {_busy(ledger)} {_origin(outcomes)}"
     (out / "train.md").write_text(f"# The benchmark suite\n\n{about}\n\n{written}\n")
     pictures.draw(outcomes, out)
-    if readme:
-        _write_readme(outcomes)
+    if docs:
+        _write_docs(outcomes)
 
 
 ABOUT = (
@@ -48,8 +50,13 @@ def _coverage(outcomes):
     return f"Of {len(trained)} methods, the losses and the step times that are measured: {'; '.join(told)}."
 
 
+def _shown(ledger):
+    """Its rows of the suite's tasks."""
+    return [row for row in ledger.rows if row["task"] in TASKS]
+
+
 def _busy(ledger):
-    busy = max((row.get("busy_before") or 0 for row in ledger.rows), default=0)
+    busy = max((row.get("busy_before") or 0 for row in _shown(ledger)), default=0)
     return f"Other work took at most {busy:.0%} of the processors before a step was timed."
 
 
@@ -227,33 +234,35 @@ def direct_rows(outcomes: Outcomes) -> list[tuple]:
     return rows
 
 
-# ---- README.md ----
+# ---- docs/tables ----
 
 
-def _write_readme(outcomes):
+PICTURES = (("train_time", "Held-out loss against training time"), ("train_pareto", "Loss against bytes"),
+            ("train_rates", "Step time against link rate"))  # fmt: skip
+
+
+def _write_docs(outcomes):
     origin = _origin(outcomes)
     seeds = sorted({row["seed"] for row in outcomes.ledger.find(kind="train", purpose="quality")})
     said = f"{plan.RANKS} ranks, seeds {', '.join(map(str, seeds))}. {origin}"
-    record.write_readme_block(
+    record.write_table(
         "train", HEADS, quality_rows(outcomes, plan.MAIN_TASK),
         f"{TASKS[plan.MAIN_TASK].label}, {plan.RATE:g} Mbit/s, {said}\n\n"
-        "![Held-out loss against training time](benchmarks/results/train_time.png)\n\n"
-        "![Loss against bytes](benchmarks/results/train_pareto.png)\n\n"
-        "![Step time against link rate](benchmarks/results/train_rates.png)",
+        + "\n\n".join(record.picture(*one) for one in PICTURES),
     )  # fmt: skip
-    record.write_readme_block(
-        "train overall", OVERALL_HEADS, overall_rows(outcomes),
+    record.write_table(
+        "train_overall", OVERALL_HEADS, overall_rows(outcomes),
         "The first of thinwire's methods / the first of the peers (plain DDP, 16-bit hooks, PowerSGD, Horovod), with "
         f"seconds to plain DDP's half-way loss, and ours in times the peer's speed. {_coverage(outcomes)} {said}",
     )  # fmt: skip
     direct = direct_rows(outcomes)
     if direct:
-        record.write_readme_block("train direct", DIRECT_HEADS, direct, f"Seed {plan.SEEDS[0]}. {origin}")
+        record.write_table("train_direct", DIRECT_HEADS, direct, f"Seed {plan.SEEDS[0]}. {origin}")
 
 
 def _origin(outcomes):
-    rows = outcomes.ledger.rows
+    rows = _shown(outcomes.ledger)
     first, last = (of(row["date"][:10] for row in rows) for of in (min, max))
-    command = "python benchmarks/train.py --report --out benchmarks/results --readme"
+    command = "python benchmarks/suite/train.py --report --out benchmarks/results --docs"
     return record.origin({"command": command, "date": first if first == last else f"{first} to {last}",
                           "machine": rows[-1]["machine"], "versions": rows[-1]["versions"]})  # fmt: skip

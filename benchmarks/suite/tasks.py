@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from suite.examples import Examples, breast_cancer, digits, digits_cnn, logistic_regression
+from suite.examples import Examples, digits, digits_cnn
 from suite.texts import Gpt2, Windows, byte_transformer
 
 
@@ -47,6 +47,4 @@ TASKS = {
                  **_adamw((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)), steps=400, every=10, tuning_steps=120),
     "digits": Task("CNN with BatchNorm on digits, SGD", digits_cnn, digits, **_sgd((0.01, 0.03, 0.1, 0.3)),
                    steps=120, every=5, tuning_steps=60),
-    "cancer": Task("logistic regression on breast cancer, SGD", logistic_regression, breast_cancer,
-                   **_sgd((0.01, 0.03, 0.1, 0.3)), steps=120, every=5, tuning_steps=60),
 }  # fmt: skip

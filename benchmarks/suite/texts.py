@@ -1,6 +1,6 @@
 """The suite's text: windows of bytes of the standard library, and the models that learn them."""
-import task as text
 import torch
+from common import task as text
 from torch import nn
 from torch.nn import functional as F
 

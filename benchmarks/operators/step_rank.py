@@ -3,15 +3,19 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import task
 import thinwire
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import task
 from suite.methods import CONTESTANTS
 from thinnet import interface_bytes
-from torch.nn.parallel import DistributedDataParallel
 
 TURN = 10  # steps of one method before the next has its turn; the first of them is not counted
 OURS = {

@@ -3,14 +3,15 @@
 Contestants are timed in turns and the fastest of many turns counts, because that is what other work on the machine
 disturbs least. Ratios and their targets are printed and stored; a miss is a number to look at and fails nothing.
 
-    python -m pytest benchmarks/test_ops_speed.py --benchmark-only -s
-    python -m pytest benchmarks/test_ops_speed.py --benchmark-only -s -k cuda      every operator on a GPU
+    python -m pytest benchmarks/operators/test_ops_speed.py --benchmark-only -s
+    python -m pytest benchmarks/operators/test_ops_speed.py --benchmark-only -s -k cuda      every operator on a GPU
 """
 import pytest
 import torch
-from ops_timing import MEGABYTES, OPERATORS, Problem, contestants, device_name, fastest_of_each, why_not
 from thinwire import ops
 from thinwire.core.blocks import Layout
+
+from operators.timing import MEGABYTES, OPERATORS, Problem, contestants, device_name, fastest_of_each, why_not
 
 NUMEL = 6_500_000
 pytestmark = pytest.mark.skipif(not ops.native("cpu"), reason=f"no compiled operators: {ops.why_not_native()}")

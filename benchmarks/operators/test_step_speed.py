@@ -1,14 +1,16 @@
 """A step on the demo's network against no exchange at all and against PowerSGD, in turns within one run.
 
-    python -m pytest benchmarks/test_step_speed.py --benchmark-only -s
+    python -m pytest benchmarks/operators/test_step_speed.py --benchmark-only -s
 """
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from step_rank import OURS
+from common.ranks import import_paths
 from thinnet import ThinNet
+
+from operators.step_rank import OURS
 
 RANKS, MBIT = 4, 100
 
@@ -26,7 +28,7 @@ def rows():
         if not net.shaped:
             pytest.skip(f"the network cannot be shaped here: {net.why}")
         script = Path(__file__).with_name("step_rank.py")
-        assert net.run([sys.executable, str(script)], on_line=take) == 0
+        assert net.run([sys.executable, str(script)], env=import_paths(), on_line=take) == 0
     return found
 
 

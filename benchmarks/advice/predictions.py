@@ -1,7 +1,7 @@
 """Is thinwire.advise right? What it predicts on thin networks, against what the steps then take.
 
-    python benchmarks/advise.py                 4 ranks, 3 link rates, 5 methods, about 5 minutes
-    python benchmarks/advise.py readme          puts the table of the committed result into README.md
+    python benchmarks/advice/predictions.py             4 ranks, 3 link rates, 5 methods, about 5 minutes
+    python benchmarks/advice/predictions.py --docs      docs/tables/advise.md from the committed result
 
 On each network advise is asked about the demo's model, then each method trains it for 5 steps of which the first is not
 counted, and so on in turns. A step's time is the slowest rank's. Figures are medians: over what was predicted, and
@@ -11,13 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from advise_rank import ALONE
-from record import RESULTS, load, origin, print_table, save, write_readme_block
 from rich.progress import track
-from rows import rows_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.ranks import rows_of
+from common.record import RESULTS, load, origin, print_table, save, write_table
 from thinnet import ThinNet
 
-SCRIPT = Path(__file__).resolve().with_name("advise_rank.py")
+from advice.rank import ALONE
+
+SCRIPT = Path(__file__).resolve().with_name("rank.py")
 RANKS = 4
 RATES = (50, 100, 1000)
 TARGET = 0.2  # of the measured step
@@ -26,21 +29,21 @@ NAME = "advise"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["run", "readme"], default="run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="Mbit/s")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
+    if args.docs:
         record = load(NAME)
-        return write_readme_block(NAME, *table(record["rows"]), f"{summary(record['rows'])} {origin(record)}")
+        return write_table(NAME, *table(record["rows"]), f"{summary(record['rows'])} {origin(record)}")
     rows = []
     for rate in track(args.rates, "networks"):
         with ThinNet(ranks=RANKS, mbit=rate) as net:
             if not net.shaped:
                 raise SystemExit(f"the network cannot be shaped here: {net.why}")
             rows += [{"mbit": rate} | said for said in rows_of(net, SCRIPT, ["--turns", args.turns])]
-    save(NAME, "python benchmarks/advise.py", rows, args.out, ranks=RANKS)
+    save(NAME, "python benchmarks/advice/predictions.py", rows, args.out, ranks=RANKS)
     print_table(*table(rows), title="A step: predicted, measured, error")
     print(summary(rows))
     for miss in misses(rows):

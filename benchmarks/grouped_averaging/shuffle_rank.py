@@ -4,17 +4,21 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import task
 import thinwire
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
-from thinnet import interface_bytes
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import task
+from thinnet import interface_bytes
 
 SPEED = {
     "noop": None,

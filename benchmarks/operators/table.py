@@ -1,45 +1,54 @@
 """Turns the record of ``make bench`` into tables: ratios against their targets, and every operator's speed.
 
-    make bench                                                    runs the benchmarks and prints the tables
-    python benchmarks/bench_table.py results/bench_raw.json --readme     keeps them in benchmarks/results and README.md
+    make bench                                                            runs the benchmarks and prints the tables
+    python benchmarks/operators/table.py results/bench_raw.json --keep    as benchmarks/results/bench.json, too
+    python benchmarks/operators/table.py --docs                           docs/tables from what is kept
 
 Several records become one, as when a GPU's were made elsewhere; of equal names the last counts.
 """
 import argparse
 import json
 import platform
+import sys
 from pathlib import Path
 
-import record
 import thinwire
 import torch
-from demo import machine
 
-KEPT = record.RESULTS / "bench.json"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import record
+
 TARGETS = ("what", "ours", "against", "ratio", "target")
 OPERATORS = ("operator", "on", "gradient", "GB/s", "of a copy's", "times the reference's", "times PyTorch's own")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
-    parser.add_argument("--readme", action="store_true", help="keep the figures and put the tables into README.md")
+    parser.add_argument("raw", type=Path, nargs="*", help="what pytest --benchmark-json wrote")
+    parser.add_argument("--keep", action="store_true", help="write the figures into benchmarks/results/bench.json")
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
+    if args.docs:
+        return write_tables(record.load("bench"))
+    if not args.raw:
+        parser.error("no record: expected what pytest --benchmark-json wrote, or --docs")
     raws = [json.loads(path.read_text()) for path in args.raw]
     kept = {
-        "command": "make bench", "date": raws[0]["datetime"][:10], "machine": machine(),
+        "command": "make bench", "date": raws[0]["datetime"][:10], "machine": record.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "thinwire": thinwire.__version__},
         "figures": {one["name"]: one["extra_info"] | {"date": raw["datetime"][:10]}
                     for raw in raws for one in raw["benchmarks"]},
     }  # fmt: skip
-    targets, operators = target_rows(kept), operator_rows(kept)
-    record.print_table(TARGETS, targets)
-    record.print_table(OPERATORS, operators)
-    if args.readme:
+    record.print_table(TARGETS, target_rows(kept))
+    record.print_table(OPERATORS, operator_rows(kept))
+    if args.keep:
         keep(kept)
-        record.write_readme_block("bench", TARGETS, targets, record.origin(kept))
-        record.write_readme_block("operators", OPERATORS, operators, operators_origin(kept))
+
+
+def write_tables(kept):
+    record.write_table("bench", TARGETS, target_rows(kept), record.origin(kept))
+    record.write_table("operators", OPERATORS, operator_rows(kept), operators_origin(kept))
 
 
 def target_rows(kept):
@@ -75,7 +84,7 @@ def keep(kept):
     """One line a figure."""
     lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in kept["figures"].items())
     about = json.dumps({key: value for key, value in kept.items() if key != "figures"})
-    KEPT.write_text(f'{about[:-1]},\n "figures": {{\n  {lines}\n}}}}\n')
+    (record.RESULTS / "bench.json").write_text(f'{about[:-1]},\n "figures": {{\n  {lines}\n}}}}\n')
 
 
 def _size(megabytes):

@@ -1,17 +1,20 @@
-"""One rank of advise.py: what thinwire.advise predicts for the demo's model, and then what its steps take."""
+"""One rank of predictions.py: what thinwire.advise predicts for the demo's model, and then what its steps take."""
 import argparse
 import json
 import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
-import task
 import thinwire
 import torch
 import torch.distributed as dist
-from suite.methods import CONTESTANTS
 from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import task
+from suite.methods import CONTESTANTS
 
 TURN, SKIPPED = 5, 1  # steps of a method before the next has its turn, and how many of them are not counted
 WARM_UP = 4  # steps at the beginning: rebuilt buckets, PowerSGD's dense steps

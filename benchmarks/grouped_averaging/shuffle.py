@@ -1,8 +1,8 @@
 """Divide-and-Shuffle measured: its speed on thin networks, also with a slow rank or link, and its quality.
 
-    python benchmarks/shuffle.py speed                  8 ranks at 100 Mbit/s and 1 Gbit/s, about 25 minutes
-    python benchmarks/shuffle.py quality                4 ranks, 3 seeds, some minutes
-    python benchmarks/shuffle.py readme                 puts the tables of the committed results into README.md
+    python benchmarks/grouped_averaging/shuffle.py speed       8 ranks at 100 Mbit/s and 1 Gbit/s, about 25 minutes
+    python benchmarks/grouped_averaging/shuffle.py quality     4 ranks, 3 seeds, some minutes
+    python benchmarks/grouped_averaging/shuffle.py --docs      docs/tables from the committed results
 
 Results go to results/shuffle_speed.json and results/shuffle_quality.json. In a slowed condition, "felt" is how much
 longer the other ranks' steps became, as a share of how much longer plain DDP's became. All methods make the same
@@ -10,26 +10,20 @@ number of steps between two barriers. A rank that is always slow ends up setting
 because its group waits for it, and then theirs: where less is felt, that is the start of the turn.
 """
 import argparse
-import datetime
-import json
-import platform
-import re
 import statistics
 import sys
 from pathlib import Path
 
-import thinwire
-import torch
-from demo import README, machine
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rows import rows_of
-from shuffle_rank import QUALITY, SPEED, TASKS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.ranks import rows_of
+from common.record import RESULTS, load, origin, print_table, save, write_table
 from thinnet import ThinNet
 
-HERE = Path(__file__).resolve().parent
-SCRIPT, RESULTS = HERE / "shuffle_rank.py", HERE / "results"
+from grouped_averaging.shuffle_rank import QUALITY, SPEED, TASKS
+
+SCRIPT = Path(__file__).resolve().with_name("shuffle_rank.py")
 RANKS, SLOW_RANK = 8, 3
 RATES = (100, 1000)
 SEEDS = (0, 1, 2)
@@ -43,32 +37,20 @@ CONDITIONS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "quality", "readme"])
+    parser.add_argument("what", nargs="?", choices=["speed", "quality"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="Mbit/s (default 100 1000)")
     parser.add_argument("--steps", type=int, default=16, help="steps between two barriers (default 16)")
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
-        return write_readme()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.docs:
+        return write_tables()
+    if args.what is None:
+        parser.error("expected speed, quality or --docs")
     rows = measure_speed(args.rates, args.steps) if args.what == "speed" else measure_quality()
-    record = {
-        "steps": args.steps, "command": f"python benchmarks/shuffle.py {args.what}", "machine": machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "thinwire": thinwire.__version__},
-        "rows": rows,
-    }  # fmt: skip
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    head = json.dumps({key: value for key, value in record.items() if key != "rows"})[:-1]
-    (args.out / f"shuffle_{args.what}.json").write_text(f'{head},\n "rows": [\n  {lines}\n]}}\n')
-    heads, cells = speed_table(rows) if args.what == "speed" else quality_table(rows)
-    table = Table()
-    for i, one in enumerate(heads):
-        table.add_column(one, justify="right" if i > 1 else "left")
-    for row in cells:
-        table.add_row(*row)
-    Console(width=140).print(table)
+    save(f"shuffle_{args.what}", f"python benchmarks/grouped_averaging/shuffle.py {args.what}", rows, args.out,
+         steps=args.steps)  # fmt: skip
+    print_table(*WHAT[args.what](rows), left=2)
 
 
 def measure_speed(rates, steps):
@@ -131,20 +113,13 @@ def _spread(values):
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def write_readme():
-    text = README.read_text()
-    for what, table in (("speed", speed_table), ("quality", quality_table)):
-        record = json.loads((RESULTS / f"shuffle_{what}.json").read_text())
-        heads, cells = table(record["rows"])
-        lines = ["| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in cells]
-        lines += ["", f"`{record['command']}`, {record['date']}, {record['machine']['cores']} cores "
-                  f"({record['machine']['cpu']}), PyTorch {record['versions']['torch']}."]  # fmt: skip
-        block = re.compile(rf"(<!-- shuffle {what} -->\n).*?(<!-- /shuffle {what} -->)", re.DOTALL)
-        if not block.search(text):
-            raise SystemExit(f"README.md has no block <!-- shuffle {what} --> ... <!-- /shuffle {what} -->")
-        text = block.sub(lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], text)
-    README.write_text(text)
+WHAT = {"speed": speed_table, "quality": quality_table}
+
+
+def write_tables():
+    for what, table in WHAT.items():
+        record = load(f"shuffle_{what}")
+        write_table(f"shuffle_{what}", *table(record["rows"]), origin(record), left=2)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,17 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from thinnet import interface_bytes
+
 from suite.methods import CONTESTANTS, DDP
 from suite.tasks import TASKS
 from suite.worlds import Gloo, Horovod
-from thinnet import interface_bytes
-from torch.nn.parallel import DistributedDataParallel
 
 STARTING = 180  # seconds that a busy machine may take until the first step
 UNTYPICAL = 5  # first steps of a run, in which DDP rebuilds its buckets and some methods still send all
@@ -79,7 +83,7 @@ class Trainee:
     def result(self, world, uncounted: int = 0) -> dict:
         """Of the steps counted: times in ms and bytes a step, means over the ranks.
 
-        uncounted: so many of them are not in the figures, the first of each turn.
+        uncounted: so many of them are not in the figures, the first of each turn. stats_bytes is rank 0's, of all.
         """
         counted = slice(self._counted_from, None)
         everyone = world.gather([figures[counted] for figures in (self.seconds, self.sent, self.received)])
@@ -101,6 +105,8 @@ class Trainee:
             found["turns_ms"] = [each[i : i + turn] for i in range(0, len(each), turn)]
         now = self._stats()
         steps = len(self.seconds) - self._counted_from
+        if now:
+            found["stats_bytes"] = (now["bytes_sent"] - self._before["bytes_sent"]) / steps
         return found | {name.replace("_s", "_ms"): 1e3 * (now[name] - self._before[name]) / steps
                         for name in SECONDS if name in now}  # fmt: skip
 
@@ -172,7 +178,7 @@ def speed(run, world, watch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", help="a file: a JSON list of runs, as suite/plan.py describes them")
+    parser.add_argument("runs", help="a file: a JSON list of runs, as plan.py describes them")
     parser.add_argument("--patience", type=float, default=60, help="seconds without a step that make a hang")
     args = parser.parse_args()
     with open(args.runs) as file:
@@ -188,7 +194,7 @@ def main():
         if world.rank == 0:
             print(json.dumps({"end": i} | found), flush=True)
         world.barrier()
-    # Not the destructors: see task.leave.
+    # Not the destructors: see leave() in common/task.py.
     world.barrier()
     sys.stdout.flush()
     os._exit(0)

@@ -1,17 +1,17 @@
 """Time to quality: trains real tasks over thin links under every method, and says which gets there first.
 
-    python benchmarks/train.py --quick               a part of it, under 10 minutes
-    python benchmarks/train.py --full                everything, most of a day; goes on where it was interrupted
-    python benchmarks/train.py --full --tasks digits --methods dense nominated-4
-    python benchmarks/train.py --report              tables and pictures of what is there (in results/; those that
-                                                     come with the project: --out benchmarks/results)
-    python benchmarks/train.py --list                tasks and methods
+    python benchmarks/suite/train.py --quick               a part of it, under 10 minutes
+    python benchmarks/suite/train.py --full                everything, most of a day; goes on where it was interrupted
+    python benchmarks/suite/train.py --full --tasks digits --methods dense nominated-4
+    python benchmarks/suite/train.py --report              tables and pictures of what is there (in results/;
+                                                     those that come with the project: --out benchmarks/results)
+    python benchmarks/suite/train.py --list                tasks and methods
 
 Two things are measured and put together. How good a model is after so many steps depends on the method and the seed,
 not on the network: those runs are not shaped, and have --full's three seeds. How long a step takes is measured over
 shaped links, methods in turns. Time to quality is the one times the other; a few runs are made directly over shaped
 links to check that. Every method has the optimizer that was best for it in its task's grid, the same grid for all
-(suite/tasks.py), on a seed that is not shown; --quick takes the ones found before.
+(tasks.py), on a seed that is not shown; --quick takes the ones found before.
 
 epfml's own PowerSGD is not among the methods: the package index has powersgd 0.0.2, and no code is in it.
 
@@ -28,18 +28,21 @@ import tempfile
 import time
 from pathlib import Path
 
-from demo import import_paths
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.ranks import import_paths
+from common.record import OWN_RESULTS, RESULTS
+from thinnet import ThinNet
+
 from suite import plan
 from suite.ledger import Ledger, data, final_loss
 from suite.methods import CONTESTANTS, DDP, HOROVOD
 from suite.tasks import TASKS
-from thinnet import ThinNet
 
-HERE = Path(__file__).resolve().parent
-COMMITTED = HERE / "results"
-OPTIONS = COMMITTED / "train_options.json"
+RANK = Path(__file__).resolve().with_name("train_rank.py")
+OPTIONS = RESULTS / "train_options.json"
 MOST_AT_ONCE = 24  # runs in one start of the ranks
 TRIES = 2  # of a run that fails
 
@@ -59,14 +62,14 @@ def main() -> int:
             return 130
     from suite import report
 
-    report.show(Ledger.of_newest(path), args.out, readme=args.readme)
+    report.show(Ledger.of_newest(path), args.out, docs=args.docs)
     console.print(f"All of it is in {args.out}: train.md and three pictures", highlight=False)
     return 0
 
 
 def _measure(args, ledger, console):
     if ledger.others:
-        console.print(f"{ledger.others} rows of {ledger.path} are of another machine, other versions, code or data: "
+        console.print(f"{ledger.others} rows of {ledger.path} are of other machines, versions, code, data or tasks: "
                       "kept, and not counted")  # fmt: skip
     with _progress(console) as progress:
         runner = Runner(ledger, progress, args.patience, args.retry_failed)
@@ -91,7 +94,7 @@ class Best:
         self._found = {}
         for path in before:
             for task, found in (json.loads(path.read_text()) if path.exists() else {}).items():
-                if found["data"] == data(task):
+                if task in TASKS and found["data"] == data(task):
                     self._found.setdefault(task, {}).update(found["options"])
         for task, method in itertools.product(TASKS, CONTESTANTS):
             tried = {row["options"]: row for row in ledger.find(kind="train", purpose="tune", task=task, method=method)}
@@ -159,7 +162,7 @@ class Runner:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump([run.for_rank() for run in runs], file)
             file.flush()
-            command = [sys.executable, str(HERE / "train_rank.py"), file.name, "--patience", str(self.patience)]
+            command = [sys.executable, str(RANK), file.name, "--patience", str(self.patience)]
             status = net.run(command, env=import_paths(), on_line=on_line)
         if kept == len(runs):
             if status:
@@ -264,8 +267,8 @@ def _arguments():
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, metavar="METHOD", help="(default: all)")
     parser.add_argument("--retry-failed", action="store_true", help="what failed or hung before is run again")
     parser.add_argument("--no-tuning", action="store_true", help="take the options found before")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder (default: results)")
-    parser.add_argument("--readme", action="store_true", help="rewrite README.md's tables from what is shown")
+    parser.add_argument("--out", type=Path, default=OWN_RESULTS, help="folder (default: results)")
+    parser.add_argument("--docs", action="store_true", help="write docs/tables from what is shown")
     parser.add_argument("--patience", type=float, default=60, help="seconds without a step that make a hang")
     args = parser.parse_args()
     every = [name for name, contestant in CONTESTANTS.items() if contestant.trains]

@@ -1,4 +1,4 @@
-"""One rank of demo.py: trains the task under one method for a given time. Rank 0 reports in lines of JSON."""
+"""One rank of run.py: trains the task under one method for a given time. Rank 0 reports in lines of JSON."""
 import argparse
 import dataclasses
 import datetime
@@ -9,14 +9,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-import task
 import thinwire
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import task
 from suite import methods
 from thinnet import interface_bytes
-from torch.nn.parallel import DistributedDataParallel
 
 EVALUATIONS = 10  # in a run, at equal distances in training time
 STARTING = 120  # seconds that a busy machine may take until the first step

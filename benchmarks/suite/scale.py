@@ -1,9 +1,9 @@
 """Scale on paper: a cost model fitted to measured steps, checked against others, and drawn from 2 to 1024 ranks.
 
-    python benchmarks/scale.py                  fits, checks, draws; a second
-    python benchmarks/scale.py readme           puts the table of the committed result into README.md
+    python benchmarks/suite/scale.py            fits, checks, draws; a second
+    python benchmarks/suite/scale.py --docs     docs/tables/scale.md from the committed result
 
-Reads the step times that benchmarks/train.py keeps (results/train.jsonl). A step is taken to be
+Reads the step times that train.py keeps (results/train.jsonl). A step is taken to be
 
     computation + encoding and decoding + exchange - what of the exchange DDP hides behind the backward pass
     encoding and decoding = seconds a byte of the gradient, each method's own
@@ -26,11 +26,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from record import RESULTS, load, origin, print_table, save, write_readme_block
-from suite.ledger import Ledger
-from suite.outcomes import side_by_side
 from thinwire import BlockSparse, Dense
 from thinwire.advice.cost import ALGORITHMS, Collective, all_reduce, exchanges
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common.record import RESULTS, load, origin, picture, print_table, save, write_table
+
+from suite.ledger import Ledger
+from suite.outcomes import side_by_side
 
 NAME = "scale"
 RANKS = tuple(2**i for i in range(1, 11))
@@ -222,17 +225,17 @@ def projected(cases: Sequence[Case], fitted: Fit, task: str) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["run", "readme"], default="run")
     parser.add_argument("--rows", type=Path, default=RESULTS / "train.jsonl", help="lines of JSON")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fit-ranks", type=int, nargs="+", default=(2, 4), help="runs to fit; the others are checks")
     parser.add_argument("--fit-rates", type=float, nargs="+", default=(50, 1000), help="Mbit/s, of those")
     parser.add_argument("--cores", type=int, default=2, help="that the ranks shared")
     parser.add_argument("--task", help="to draw; that with the most rows if not given")
+    parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
-    if args.what == "readme":
+    if args.docs:
         record = load(NAME)
-        return write_readme_block(NAME, *table(record), footer(record))
+        return write_table(NAME, *table(record), footer(record))
     cases, unknown = cases_of(Ledger.of_newest(args.rows).rows)
     if unknown:
         print(f"no law for, or no noop row or bytes beside: {', '.join(unknown)}", file=sys.stderr)
@@ -246,7 +249,7 @@ def main():
     rows = checked(cases, fitted, used)
     task = args.task or statistics.mode(case.task for case in cases)
     said = asdict(fitted) | {"scale": {f"{t}, {m}": value for (t, m), value in fitted.scale.items()}}
-    record = save(NAME, "python benchmarks/scale.py", rows, args.out, fit=said, fit_ranks=list(args.fit_ranks),
+    record = save(NAME, "python benchmarks/suite/scale.py", rows, args.out, fit=said, fit_ranks=list(args.fit_ranks),
                   fit_rates=list(args.fit_rates), projected=projected(cases, fitted, task))  # fmt: skip
     print_table(*table(record), title="Errors of the model, and steps that it predicts")
     print(footer(record))
@@ -312,7 +315,7 @@ def footer(record):
         f"Fitted: {1e3 * fitted['latency_s']:.2f} ms a hop, {1e9 * fitted['cpu_s']:.1f} ns of a core a "
         f"byte sent, {fitted['wire']:.2f} bytes on the wire for each one counted, {fitted['all_to_all']:.0%} more in "
         f"an all-to-all. {origin(record)}\n\n"
-        "![Step time against the number of ranks, by the model](benchmarks/results/scale.png)"
+        + picture("scale", "Step time against the number of ranks, by the model")
     )
 
 

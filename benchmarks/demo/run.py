@@ -1,40 +1,41 @@
 """Trains one real model over thin links, for the same time under several methods, and compares.
 
-    python benchmarks/demo.py                                    the whole comparison, under six minutes
-    python benchmarks/demo.py --seconds 10 --methods dense best  a part of it
-    python benchmarks/demo.py --out benchmarks/results --readme  what README.md shows
+    python benchmarks/demo/run.py                                    the whole comparison, under six minutes
+    python benchmarks/demo/run.py --seconds 10 --methods dense best  a part of it
+    python benchmarks/demo/run.py --out benchmarks/results           what the documentation shows
+    python benchmarks/demo/run.py --docs                             docs/tables/demo.md from that, without measuring
 
-Four ranks with a link of 100 Mbit/s each train a byte-level transformer of three million parameters (task.py). Every
-method has the same training time; evaluation is not counted. Left in the output folder: demo.json with everything
+Four ranks with a link of 100 Mbit/s each train a byte-level transformer of three million parameters (common/task.py).
+Every method has the same training time; evaluation is not counted. Left in the output folder: demo.json with everything
 that was measured, and demo.png with the held-out loss against time.
 """
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 
 import thinwire
 import torch
-from demo_rank import BEST, CONTESTANTS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
+from common import record as records
+from common.ranks import import_paths
 from thinnet import ThinNet
 
-HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-COMMITTED = HERE / "results"
+from demo.rank import BEST, CONTESTANTS
+
+RANK = Path(__file__).resolve().with_name("rank.py")
 
 
 def main() -> int:
     args = _arguments()
-    if args.readme and args.methods is None and args.out != COMMITTED:
-        write_readme(json.loads((COMMITTED / "demo.json").read_text()))
+    if args.docs:
+        write_table(records.load("demo"))
         return 0
     console = Console()
     with ThinNet(ranks=args.ranks, mbit=args.mbit) as net:
@@ -48,11 +49,10 @@ def main() -> int:
                 console.print(row.summary(), highlight=False)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    console.print(_rich_table(record))
+    title = f"{record['ranks']} ranks, {record['seconds']:g} s of training each, {_network(record)}"
+    records.print_table(HEADS, rows_of(record), title, console=console)
     draw(record, args.out / "demo.png")
     console.print(f"{_shown(args.out / 'demo.json')} and {_shown(args.out / 'demo.png')} written")
-    if args.readme:
-        write_readme(record)
     return 0 if any(result["status"] == "done" for result in record["methods"].values()) else 1
 
 
@@ -124,15 +124,9 @@ def _run(net, args, name, row):
     row.show("starting")
     # A step of plain DDP over a link of this rate, four times over, is no hang.
     patience = 30 + (4 * 20e6 * 8 / (args.mbit * 1e6) if args.mbit else 0)
-    command = [sys.executable, str(HERE / "demo_rank.py"), "--method", name, "--seconds", str(args.seconds),
+    command = [sys.executable, str(RANK), "--method", name, "--seconds", str(args.seconds),
                "--seed", str(args.seed), "--patience", str(patience)]  # fmt: skip
     return row.finish(net.run(command, env=import_paths(), on_line=row.on_line))
-
-
-def import_paths():
-    """The ranks import the thinwire that this process imported."""
-    package = str(Path(thinwire.__file__).resolve().parent.parent)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
 
 
 def _configuration(args, net):
@@ -141,10 +135,10 @@ def _configuration(args, net):
         for name, c in CONTESTANTS.items() if name in (args.methods or CONTESTANTS)
     }  # fmt: skip
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": records.today(),
         "ranks": args.ranks, "mbit": args.mbit, "shaped": net.shaped, "why_not_shaped": net.why,
         "seconds": args.seconds, "seed": args.seed,
-        "machine": machine(),
+        "machine": records.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "thinwire": thinwire.__version__, "native": thinwire.ops.native("cpu")},
         "contestants": contestants, "best": {f.name: str(getattr(BEST, f.name)) for f in dataclasses.fields(BEST)},
@@ -152,14 +146,7 @@ def _configuration(args, net):
     }  # fmt: skip
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return {"cpu": found[1] if found else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "system": platform.platform()}  # fmt: skip
-
-
-# ---- the table, for the terminal and for README.md ----
+# ---- the table, for the terminal and for the documentation ----
 
 HEADS = ("method", "step time", "sent a step", "compression", "sent in all", "steps", "held-out loss")
 
@@ -185,38 +172,21 @@ def rows_of(record: dict) -> list[tuple[str, ...]]:
     return rows
 
 
-def _rich_table(record):
-    table = Table(title=f"{record['ranks']} ranks, {record['seconds']:g} s of training each, " + _network(record))
-    for i, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if i else "left", no_wrap=not i)
-    for row in rows_of(record):
-        table.add_row(*row)
-    return table
-
-
 def _network(record):
     return f"{record['mbit']:g} Mbit/s links" if record["shaped"] else "NETWORK NOT SHAPED"
 
 
-def write_readme(record: dict) -> None:
-    """Put the table and the picture of a record between README.md's two marks."""
-    lines = ["| " + " | ".join(HEADS) + " |", "|---" + "|---:" * (len(HEADS) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows_of(record)]
+def write_table(record: dict) -> None:
+    """Write docs/tables/demo.md: the table and the picture of a record."""
     machine, versions = record["machine"], record["versions"]
-    lines += [
-        "",
+    footer = (
         f"{record['ranks']} ranks on {machine['cores']} cores ({machine['cpu']}), {_network(record)}, "
         f"{record['seconds']:g} s of training each, one seed, {record['date']}, PyTorch {versions['torch']}. "
         f"The last is `BlockSparse({', '.join(_changed(record['best']))})`. AdamW's "
-        f"learning rate and β1: {'; '.join(_optimizers(record))}; β2 0.95.",
-        "",
-        "![Held-out loss against training time](benchmarks/results/demo.png)",
-    ]
-    text = README.read_text()
-    block = re.compile(r"(<!-- demo -->\n).*?(<!-- /demo -->)", re.DOTALL)
-    if not block.search(text):
-        raise SystemExit(f"{_shown(README)} has no block <!-- demo --> ... <!-- /demo -->")
-    README.write_text(block.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text))
+        f"learning rate and β1: {'; '.join(_optimizers(record))}; β2 0.95.\n\n"
+        + records.picture("demo", "Held-out loss against training time")
+    )
+    records.write_table("demo", HEADS, rows_of(record), footer)
 
 
 def _changed(best):
@@ -268,9 +238,8 @@ def _arguments():
     parser.add_argument("--ranks", type=int, default=4, help="(default 4)")
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of model and data (default 0)")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder (default: results)")
-    parser.add_argument("--readme", action="store_true", help="with --out benchmarks/results: run, then rewrite "
-                        "README.md's table; alone: rewrite it from the committed results")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=records.OWN_RESULTS, help="folder (default: results)")
+    parser.add_argument("--docs", action="store_true", help="measure nothing: docs/tables from what is committed")
     args = parser.parse_args()
     args.out = args.out.resolve()
     if args.seconds <= 0:

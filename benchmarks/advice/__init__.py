@@ -1,0 +1,1 @@
+"""Is ``thinwire.advise`` right?"""

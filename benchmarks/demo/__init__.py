@@ -1,0 +1,1 @@
+"""``make demo``: one real model over thin links, a few methods, a few minutes."""

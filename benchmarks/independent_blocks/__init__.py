@@ -1,0 +1,1 @@
+"""The comparisons of "99% of Distributed Optimization is a Waste of Time" (1901.09437), simulated."""

@@ -1,0 +1,76 @@
+"""The documentation's tables: each is what its script makes of the committed figures, and names what is there."""
+
+import re
+
+import pytest
+from advice import predictions
+from common import record
+from demo import run as demo
+from elastic import bounds, error_feedback, speed
+from grouped_averaging import shuffle
+from independent_blocks import reproduce
+from operators import table
+from suite import pictures, report, scale
+from suite.ledger import Ledger
+
+COMMITTED = record.TABLES
+TABLES = {
+    demo: {"demo"}, table: {"bench", "operators"}, predictions: {"advise"}, scale: {"scale"},
+    reproduce: {"independent_blocks"}, shuffle: {"shuffle_speed", "shuffle_quality"},
+    speed: {"elastic_speed", "elastic_loss"}, error_feedback: {"elastic_error_feedback"}, bounds: {"elastic_bounds"},
+}  # fmt: skip
+OF_THE_SUITE = {"train", "train_overall", "train_direct"}
+
+
+def written(folder):
+    return {path.stem: path.read_text() for path in folder.glob("*.md")}
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """The folder into which scripts write their tables."""
+    monkeypatch.setattr(record, "TABLES", tmp_path / "tables")
+    return tmp_path / "tables"
+
+
+@pytest.mark.parametrize("script", TABLES, ids=lambda script: script.__name__)
+def test_a_script_makes_its_tables_of_what_is_committed(script, tables, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--docs"])
+    assert not script.main()
+    assert written(tables) == {name: (COMMITTED / f"{name}.md").read_text() for name in TABLES[script]}
+
+
+def test_the_suite_makes_its_tables_of_what_is_committed(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda outcomes, out: None)
+    report.show(Ledger.of_newest(record.RESULTS / "train.jsonl"), tmp_path, docs=True)
+    assert written(tables) == {name: (COMMITTED / f"{name}.md").read_text() for name in OF_THE_SUITE}
+    assert (tmp_path / "train.md").read_text() == (record.RESULTS / "train.md").read_text()
+
+
+def test_no_other_table_is_there_and_pictures_and_scripts_that_they_name_are():
+    assert set(written(COMMITTED)) == OF_THE_SUITE.union(*TABLES.values())
+    texts = [*written(COMMITTED).values(), (record.RESULTS / "train.md").read_text()]
+    for text in texts:
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (COMMITTED / path).resolve().is_file(), path
+        for path in re.findall(r"python ([\w/.]+)", text):
+            assert (record.ROOT / path).is_file(), path
+        assert "cancer" not in text or "a1a" in text, "the suite has no such task; the paper's data are another matter"
+
+
+def test_a_table_has_left_and_right_columns_and_its_text_below(tables):
+    record.write_table("x", ("a", "b", "c"), [("1", "2", "3")], f"Text.\n\n{record.picture('p', 'says')}", left=2)
+    assert (tables / "x.md").read_text() == (
+        "| a | b | c |\n|---|---|---:|\n| 1 | 2 | 3 |\n\nText.\n\n![says](../../benchmarks/results/p.png)\n"
+    )
+
+
+def test_what_was_not_measured_has_no_table(tables, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="nothing.json is not there"):
+        record.load("nothing", tmp_path)
+    for script in (shuffle, table):
+        monkeypatch.setattr("sys.argv", ["script.py"])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert "--docs" in capsys.readouterr().err
+    assert not tables.exists()
