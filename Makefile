@@ -1,4 +1,4 @@
-# make demo | test | test-full | lint | docs | bench | bench-full | horovod      each sets up what it needs in .venv
+# make demo | test | test-full | lint | docs | bench | bench-full | horovod | gpu   each sets up what it needs in .venv
 # make test-torch TORCH=2.6.0      the core tests on another torch, in an environment of its own
 PYTHON  ?= python3
 VENV    := .venv
@@ -7,7 +7,7 @@ PIP     := $(PY) -m pip --disable-pip-version-check -q
 HOROVOD := 0.28.1
 TORCH   ?= 2.6.0
 
-.PHONY: demo test test-full test-torch lint docs bench bench-full horovod clean
+.PHONY: demo test test-full test-torch lint docs bench gpu bench-full horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.thinwire $(VENV)/.iproute2
@@ -42,6 +42,17 @@ bench: $(VENV)/.thinwire $(VENV)/.iproute2
 	$(PY) -m pytest benchmarks/operators --benchmark-only --benchmark-json results/bench_raw.json
 	$(PY) benchmarks/operators/table.py results/bench_raw.json
 	$(PY) benchmarks/suite/train.py --quick
+
+# On a machine with a GPU and nvcc, whose Python (PYTHON=) has a torch with CUDA and the packages named below it: the
+# CUDA operators against their reference, the hooks with tensors on the GPU, and what operators take there.
+gpu:
+	$(PYTHON) -c "import torch, pytest, pytest_benchmark, pytest_timeout, hypothesis, expecttest; assert torch.cuda.is_available()"
+	USE_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=hooks $(PYTHON) -m thinwire info
+	PYTHONPATH=hooks $(PYTHON) -m pytest tests/test_ops.py tests/test_cuda.py -k "cuda and not compiles"
+	mkdir -p results
+	PYTHONPATH=hooks $(PYTHON) -m pytest benchmarks/operators/test_ops_speed.py -k cuda --benchmark-only \
+	    --benchmark-json results/bench_gpu.json
 
 # A night. It goes on where it was interrupted.
 bench-full: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2

@@ -2,9 +2,10 @@
 
     make bench                                                            runs the benchmarks and prints the tables
     python benchmarks/operators/table.py results/bench_raw.json --keep    as benchmarks/results/bench.json, too
+    python benchmarks/operators/table.py --add results/bench_gpu.json     beside what is kept, as make gpu made it
     python benchmarks/operators/table.py --docs                           docs/tables from what is kept
 
-Several records become one, as when a GPU's were made elsewhere; of equal names the last counts.
+Several records become one; of equal names the last counts.
 """
 import argparse
 import json
@@ -26,10 +27,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, nargs="*", help="what pytest --benchmark-json wrote")
     parser.add_argument("--keep", action="store_true", help="write the figures into benchmarks/results/bench.json")
+    parser.add_argument("--add", type=Path, metavar="RAW", help="what make gpu wrote: beside the figures that are kept")
     parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
     if args.docs:
         return write_tables(record.load("bench"))
+    if args.add:
+        kept, added = record.load("bench"), json.loads(args.add.read_text())
+        kept["figures"] |= figures_of(added, command="make gpu")
+        return keep(kept)
     if not args.raw:
         parser.error("no record: expected what pytest --benchmark-json wrote, or --docs")
     raws = [json.loads(path.read_text()) for path in args.raw]
@@ -37,13 +43,17 @@ def main():
         "command": "make bench", "date": raws[0]["datetime"][:10], "machine": record.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "thinwire": thinwire.__version__},
-        "figures": {one["name"]: one["extra_info"] | {"date": raw["datetime"][:10]}
-                    for raw in raws for one in raw["benchmarks"]},
+        "figures": {name: one for raw in raws for name, one in figures_of(raw).items()},
     }  # fmt: skip
     record.print_table(TARGETS, target_rows(kept))
     record.print_table(OPERATORS, operator_rows(kept))
     if args.keep:
         keep(kept)
+
+
+def figures_of(raw, **about):
+    """What one record of pytest-benchmark holds, by name."""
+    return {one["name"]: one["extra_info"] | {"date": raw["datetime"][:10], **about} for one in raw["benchmarks"]}
 
 
 def write_tables(kept):
@@ -76,8 +86,9 @@ def operators_origin(kept):
     for figures in kept["figures"].values():
         if one := figures.get("operator"):
             name = f"{kept['machine']['cpu']}, {one['on']}" if one["device"] == "cpu" else one["on"]
-            devices.add(f"{one['device']}: {name}, PyTorch {one['torch']}, {figures['date']}")
-    return f"`{kept['command']}`; {'; '.join(sorted(devices))}."
+            command = figures.get("command", kept["command"])
+            devices.add(f"{one['device']}: `{command}`, {name}, PyTorch {one['torch']}, {figures['date']}")
+    return f"{'; '.join(sorted(devices))}."
 
 
 def keep(kept):
