@@ -1,5 +1,6 @@
 """Sphinx builds the documentation from this; ``make docs``."""
 
+import inspect
 import re
 
 import thinwire
@@ -59,6 +60,20 @@ def _as_list(paragraph):
     return [*found, ""]
 
 
+def _sentences_as_list(paragraph, names):
+    """A paragraph of sentences "name: ... name: ...", all about these names, as a definition list."""
+    some = "|".join(map(re.escape, names))
+    _, *found = re.split(rf"(?:^|(?<=\.) )((?:{some})(?:, (?:{some}))*): ", " ".join(paragraph))
+    return [line for name, text in zip(found[::2], found[1::2]) for line in (name, f"    {_plain(text)}")] + [""]
+
+
+def _parameters(obj):
+    try:
+        return set(inspect.signature(obj).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
 def _paragraphs(lines):
     paragraph = []
     for line in [*lines, ""]:
@@ -71,7 +86,7 @@ def _paragraphs(lines):
 
 def _house_style(app, what, name, obj, options, lines):
     """Change a docstring's lines, in place, from the house's style to reStructuredText."""
-    found, code = [], False
+    found, code, names = [], False, _parameters(obj)
     for paragraph in _paragraphs(lines):
         first = paragraph[0]
         margin = [line for line in paragraph if not line.startswith(" ")]
@@ -79,6 +94,8 @@ def _house_style(app, what, name, obj, options, lines):
             found += ([] if code else ["::", ""]) + ["    " + line for line in paragraph] + [""]
         elif _ITEM.match(first) and len(margin) < len(paragraph) and all(map(_ITEM.match, margin)):
             found += _as_list(paragraph)
+        elif (item := _ITEM.match(first)) and set(item[1].split(", ")) <= names and margin == paragraph:
+            found += _sentences_as_list(paragraph, names)
         else:
             found += [_plain(line) for line in paragraph] + [""]
         code = paragraph[-1].endswith("::")
