@@ -16,7 +16,7 @@ class Elastic(Method):
     to the gradient of a later step. No gradient is lost or applied twice. Buckets are DDP's: with few of them (see
     its ``bucket_cap_mb``) there is little to choose from. Use it with ``thinwire.attach(ddp, method,
     optimizer=optimizer)`` or ``thinwire.horovod.Compressor(named_parameters, method, optimizer=optimizer)``, and call
-    ``finalize()`` at the end, and evaluate in ``drained()``; both on every rank.
+    ``finalize()`` at the end, and evaluate in ``evaluating()``; both on every rank.
 
     method: how a bucket is averaged: ``Dense()`` or a ``BlockSparse``.
     beta: the share of the gradient's norm, a sum over its parameters' L2 norms, that must have been averaged before a
