@@ -1,5 +1,5 @@
 // What the CPU and CUDA operators share: the table's geometry, the generator's keys and the order of norms.
-// No torch header here, so that nvcc can read it. hooks/thinwire/reference.py says what everything means.
+// No torch header here, so that nvcc can read it. hooks/thinwire/ops/reference.py says what everything means.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -27,7 +27,7 @@ model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReL
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
 handle = thinwire.horovod.Compressor(  # the one line, and compression=handle below
-    model.named_parameters(), thinwire.BlockSparse(selection="nominated", density=0.05)
+    model.named_parameters(), thinwire.BlockSparse("nominated", density=0.05), optimizer=optimizer
 )
 optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=handle)
 

@@ -1,5 +1,5 @@
 // What the CUDA files offer to ops.cpp: pointers, sizes and a stream; no torch header, so nvcc compiles them fast.
-// S parameters, N elements, M blocks, K slots, R ranks or rows, as in hooks/thinwire/ops.py. Nothing here waits for
+// S parameters, N elements, M blocks, K slots, R ranks or rows, as in hooks/thinwire/ops/block_ops.py. Nothing here waits for
 // the device: the table's contents are read there.
 #pragma once
 #include <cuda_runtime_api.h>

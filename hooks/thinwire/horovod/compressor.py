@@ -4,7 +4,7 @@ Horovod adds up, element by element, whatever the compressor gives it, so every 
 ranks choose different blocks that all can compute (independent, permuted) they send the slots of the union. Nominated
 needs the ranks to talk before they know their blocks, which must not happen inside ``compress``: Horovod may call it
 in another order on another rank. It sends one element there, and does its own exchange, of all parameters at once, in
-the first ``decompress`` of the step. Elastic does so with any selection: see ``horovod_elastic.py``.
+the first ``decompress`` of the step. Elastic does so with any selection: see ``elastic.py``.
 """
 import json
 import logging
