@@ -49,8 +49,8 @@ class GradientHandle(Handle):
         error feedback it is the norm of the mean residual, without a memory 0; with Elastic what is late is in it.
 
         Returns the same dictionary on all ranks: step; inconsistency_max and inconsistency_mean over the ranks, to
-        about 2 % (see thinwire.consistency.measure); residual, the norm of the mean residual that is in it; gradient_norm, the
-        paper's M: the largest norm of a rank's gradient so far, in the steps that ``consistency_every`` measures;
+        about 2 % (thinwire.consistency.measure); residual, the norm of the mean residual that is in it; gradient_norm,
+        the paper's M: the largest norm of a rank's gradient so far, in the steps that ``consistency_every`` measures;
         bound, the paper's B for this method at that M, or None where it has none or no gradient was measured. Costs
         one all-gather of 16 KB a rank, or 32 KB.
         Raises RuntimeError where there is no model yet.
