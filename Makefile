@@ -25,9 +25,10 @@ test-full: lint $(VENV)/.horovod $(VENV)/.iproute2
 test-torch: TORCH_VENV := .venv-torch-$(TORCH)
 test-torch:
 	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
-	grep -v -E '^(torch|sympy)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	grep -v -E '^(torch|sympy|triton|cuda-|nvidia-)' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check -q install -c $(TORCH_VENV)/constraints.txt \
-	    "setuptools<81" wheel ninja torch==$(TORCH) numpy pytest pytest-timeout pytest-xdist hypothesis expecttest
+	    "setuptools<81" wheel ninja torch==$(TORCH) numpy scipy pytest pytest-timeout pytest-xdist \
+	    hypothesis expecttest
 	rm -rf $(TORCH_VENV)/source && mkdir $(TORCH_VENV)/source
 	cp -r setup.py pyproject.toml MANIFEST.in csrc hooks $(TORCH_VENV)/source
 	rm -rf $(TORCH_VENV)/source/hooks/thinwire/*.so $(TORCH_VENV)/source/hooks/thinwire/_build.json

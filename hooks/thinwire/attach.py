@@ -1,12 +1,15 @@
 """``thinwire.attach``: one registry, from a method's type to what runs it on a DDP model."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from thinwire.ddp import attach_elastic, attach_hook, attach_replicas
 from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method
 from thinwire.state.handle import Handle
 
-_RUN_BY = {
+_RUN_BY: dict[type[Method], Callable[..., Handle]] = {
     BlockSparse: attach_hook,
     Dense: attach_hook,
     DivideAndShuffle: attach_replicas,
@@ -14,8 +17,9 @@ _RUN_BY = {
 }
 
 
-def attach(ddp, method: Method, *, optimizer: torch.optim.Optimizer | None = None, grad_scaler=None,
-           consistency_every: int = 0, log=None) -> Handle:  # fmt: skip
+def attach(ddp: torch.nn.Module, method: Method, *, optimizer: torch.optim.Optimizer | None = None,
+           grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0,
+           log: Any = None) -> Handle:  # fmt: skip
     """Make a DDP model average by ``method``. Call it once, on every rank, before the first backward.
 
     ddp: a DistributedDataParallel, or what torch.compile made of one. optimizer: give the one that steps the model; it

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
     return bounds.error_feedback(1 - min(shares), gradient_norm / (1 - method.momentum))
 
 
-def check_log(consistency_every: int, log) -> None:
+def check_log(consistency_every: int, log: Any) -> None:
     """Raise TypeError or ValueError where the steps between measurements, or what takes them, cannot be right."""
     if isinstance(consistency_every, bool) or not isinstance(consistency_every, Integral):
         raise TypeError(f"consistency_every={consistency_every!r}: it must be an integer, steps between measurements")
@@ -103,7 +104,7 @@ def check_log(consistency_every: int, log) -> None:
             raise ValueError("log= is given and consistency_every is 0, so nothing would be measured: set it too")
 
 
-def writer(log) -> Callable[[dict], None]:
+def writer(log: Any) -> Callable[[dict], None]:
     """What takes the measurements: a callable as it is, or one that writes to a TensorBoard ``SummaryWriter``.
 
     Raises TypeError for anything else.

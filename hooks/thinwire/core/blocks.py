@@ -7,6 +7,7 @@ buckets after the first backward pass, and after a resume, and nothing that thin
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,7 +137,7 @@ class Slots:
         return torch.cat([torch.arange(blocks) for blocks in self.layout.blocks] or [torch.empty(0, dtype=torch.int64)])
 
 
-def _running_sum(values) -> tuple[int, ...]:
+def _running_sum(values: Iterable[int]) -> tuple[int, ...]:
     total, sums = 0, [0]
     for value in values:
         total += value

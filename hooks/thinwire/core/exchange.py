@@ -5,6 +5,7 @@ because its callbacks run on the very threads that carry collectives.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,7 @@ class OwnerExchange:
         values = parts.values
         if parts.inverses is not None:
             values = values.to(torch.float32) * parts.inverses[:, None]
+        assert flight.dealt is not None  # by start
         return Arrived(flight.dealt.undo(values)[None])
 
 
@@ -162,7 +164,7 @@ def gather_now(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return gathered
 
 
-def gather_objects(thing, group: dist.ProcessGroup) -> list:
+def gather_objects(thing: Any, group: dist.ProcessGroup) -> list:
     """What every rank gives, in rank order, waited for; it is pickled."""
     everyone = [None] * group.size()
     dist.all_gather_object(everyone, thing, group=group)

@@ -5,6 +5,7 @@ A step goes through three verbs. ``add`` reads the flat gradient, ``pack`` makes
 sends NaN, every rank gets NaN back, and no memory keeps anything of that flat gradient, to rounding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,7 @@ class ErrorFeedback:
             return payload
         scale = None
         if wire.dtype == torch.float16:  # no element is larger than its block's norm
+            assert reading.norms is not None  # add has asked for them
             largest = reading.norms.max().sqrt() if reading.norms.numel() else reading.norms.new_zeros(())
             scale = wire.scale(largest)
         return Payload(self._take(reading, choice, wire.dtype, scale), scale)
@@ -188,10 +190,12 @@ class ControlVariate:
         return {}
 
 
-BY_NAME = {"none": NoMemory, "error_feedback": ErrorFeedback, "control_variate": ControlVariate}
+BY_NAME: dict[str | None, Callable[..., NoMemory | ErrorFeedback | ControlVariate]] = {
+    "none": NoMemory, "error_feedback": ErrorFeedback, "control_variate": ControlVariate,
+}  # fmt: skip
 
 
-def of(name: str, momentum: float) -> NoMemory | ErrorFeedback | ControlVariate:
+def of(name: str | None, momentum: float) -> NoMemory | ErrorFeedback | ControlVariate:
     """The memory that BlockSparse names. momentum: with error feedback only."""
     return BY_NAME[name](momentum) if momentum else BY_NAME[name]()
 

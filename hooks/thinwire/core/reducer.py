@@ -49,14 +49,14 @@ class Reducer:
         self._slots: dict[tuple[str, ...], Slots] = {}
 
     def encode(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], step: int,
-               all_gather: _Gather, density: float | None = None) -> Encoded:  # fmt: skip
+               all_gather: _Gather | None, density: float | None = None) -> Encoded:  # fmt: skip
         """Choose and pack what this rank sends of flat [N]; memory takes in the rest.
 
         names and numels: the parameters in flat, in order. all_gather: see selection.Question. density: of this step,
         where the method does not know it.
         """
         slots = self._slots_for(names, numels, step, density)
-        selection_ = selection.Whole() if all(slots.whole) else self._selection
+        selection_: selection.Selection = selection.Whole() if all(slots.whole) else self._selection
         reading = self.memory.add(flat, slots, selection_.ranks)
         choice = selection_.choose(
             Question(slots, step, self.rank, self.world_size, self.method.seed, flat.device, reading.norms, all_gather)

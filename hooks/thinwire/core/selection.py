@@ -142,6 +142,7 @@ class Nominated(Selection):
         first = torch.tensor(layout.first_blocks[:-1], device=q.device).repeat_interleave(quotas[q.rank].to(q.device))
         named = torch.full((int(quotas.sum(1).max()),), -1, dtype=torch.int32, device=q.device)
         named[: mine.total] = _heaviest(q.norms, mine, q.device) + first
+        assert q.all_gather is not None  # every front door that allows nominated has one
         union = q.all_gather(named).flatten().to(torch.int64).cpu()
         whole = _whole_blocks(q.slots)
         union = torch.unique(torch.cat([union[union >= 0], whole]))

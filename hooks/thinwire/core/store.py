@@ -12,7 +12,7 @@ class FlatStore:
     layout (DDP rebuilds its buckets; a checkpoint comes from other buckets) their state moves with them.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._views: dict[str, torch.Tensor] = {}
         self._flats: dict[tuple[str, ...], torch.Tensor] = {}
 

@@ -57,6 +57,7 @@ class Wire:
         if self.dtype != torch.float16:
             return Payload(values.to(self.dtype))
         scale = self.scale(values.abs().max() if values.numel() else values.new_zeros(()))
+        assert scale is not None  # float16 always has one
         return Payload((values * scale.to(values.dtype)).to(self.dtype), scale)
 
     def unpack(self, payload: Payload, dtype: torch.dtype) -> torch.Tensor:

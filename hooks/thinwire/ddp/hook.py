@@ -1,6 +1,7 @@
 """The front door for DistributedDataParallel: gradients averaged bucket by bucket, inside the backward pass."""
 
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,8 @@ class HookState(Mounted, GradientHandle):
     """
 
     def __init__(self, method: Method, module: torch.nn.Module, *, process_group: dist.ProcessGroup | None = None,
-                 grad_scaler=None, consistency_every: int = 0, log=None, runs: Method | None = None):  # fmt: skip
+                 grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0, log: Any = None,
+                 runs: Method | None = None):  # fmt: skip
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         if isinstance(module, DistributedDataParallel):
             raise TypeError("HookState got a DistributedDataParallel as its module: pass the model that it wraps, "

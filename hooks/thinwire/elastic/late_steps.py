@@ -7,6 +7,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from thinwire.elastic.lateness import Late, Ledger
 _log = logging.getLogger("thinwire")
 
 
-def check_optimizer(optimizer) -> None:
+def check_optimizer(optimizer: Any) -> None:
     """Raise TypeError or ValueError where it is none that could apply late gradients."""
     if optimizer is None:
         raise ValueError("Elastic applies gradients late, at the optimizer's learning rates: pass optimizer=")
@@ -97,7 +98,7 @@ class LateSteps:
         ]  # fmt: skip
         return super().state_dict() | {"late": late}
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Any) -> None:
         self._refuse_if_evaluating("load_state_dict()")
         self._land()
         super().load_state_dict(state)

@@ -7,6 +7,7 @@ step's gradient, once, parameter by parameter, because DDP may have put them int
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -64,13 +65,13 @@ class Late:
 class Ledger:
     """The late gradients of one rank, in the order of their steps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lates: list[Late] = []
 
     def add(self, late: Late) -> None:
         self.lates.append(late)
 
-    def deliver(self, lates: list[Late], bucket, factor: Factor) -> None:
+    def deliver(self, lates: list[Late], bucket: Any, factor: Factor) -> None:
         """Add what these, which have landed, hold of a bucket's parameters to its flat, once.
 
         bucket: with names, numels and flat [N].

@@ -41,7 +41,7 @@ class Bucket:
         self.averaged = threading.Event()
         self.norms = torch.stack(torch._foreach_norm(list(flat.split(numels)), 2, torch.float64))
         self.late: Late | None = None
-        self._ready = torch.futures.Future()
+        self._ready: torch.futures.Future[BaseException | None] = torch.futures.Future()
         self.future = self._ready.then(self._result)
 
     def leave_copy(self) -> Late:
@@ -256,7 +256,7 @@ class Arrival(Rule):
             bucket.late.land()
             self._try_to_settle()
 
-    def fail(self, error):
+    def fail(self, error: BaseException) -> None:
         with self._lock:
             super().fail(error)
 

@@ -117,13 +117,13 @@ class Workers:
         _check_integer("Workers", "workers", workers, 1)
         _check_integer("Workers", "threads", threads, 1)
         self.workers, self.threads = int(workers), int(threads)
-        self._members = []
+        self._members: list[tuple[Any, Any]] = []  # processes, and the connection to each
 
     def __enter__(self) -> "Workers":
         self._start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ def train(
     try:
         run.follow()
     except KeyboardInterrupt as interrupt:
-        interrupt.report = report("interrupted")
+        interrupt.report = report("interrupted")  # type: ignore[attr-defined]
         _log.warning("thinwire: interrupted after %d updates; the model holds the parameters", shared.ended)
         raise
     finally:
@@ -269,9 +269,14 @@ class _Run:
     """
 
     def __init__(self, pool: Workers, job: Job):
-        self.answers, self.failure, self.seconds = {}, None, 0.0
+        self.answers: dict[int, tuple[str, bytes]] = {}
+        self.failure: tuple[int, str] | None = None
+        self.seconds = 0.0
         self._pool, self._job = pool, job
-        self._running, self._ready, self._began, self._deadline = {}, set(), None, None
+        self._running: dict[int, tuple[Any, Any]] = {}
+        self._ready: set[int] = set()
+        self._began: float | None = None
+        self._deadline: float | None = None
 
     def follow(self) -> None:
         """Return when no worker writes any more; so too when Ctrl-C or another exception comes out of it."""
@@ -362,7 +367,8 @@ class _Run:
                 pass  # it is gone, which will be noticed when it is its turn
 
 
-def _report(run, shared, method, slots: Slots, parameters, stopped_by):
+def _report(run: "_Run", shared: Shared, method: BlockSparse, slots: Slots,
+            parameters: dict[str, torch.nn.Parameter], stopped_by: str) -> Report:  # fmt: skip
     counts, figures = shared.counts, shared.figures
     workers, elements = counts.shape[1], shared.parameters.numel()
     samples, longest = int(counts[SAMPLES].sum()), int(counts[LONGEST].max())

@@ -75,7 +75,8 @@ class Tally:
         self._figures = shared.figures[:, worker].unbind()
         self._delays = shared.delays[worker]
         self._curve = shared.curve[worker]
-        self._filled, self._stride, self._recent = 0, 1, []
+        self._filled, self._stride = 0, 1
+        self._recent: list[float] = []
 
     def begin(self) -> None:
         self._counts[BEGUN].add_(1)

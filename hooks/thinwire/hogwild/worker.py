@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from thinwire import ops
 from thinwire.core.blocks import unit_of
+from thinwire.core.memory import ErrorFeedback
 from thinwire.core.reducer import Reducer
 from thinwire.core.store import FlatStore
 from thinwire.core.wire import Wire
@@ -41,7 +44,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def serve(worker: int, connection, tickets, stop, threads: int) -> None:
+def serve(worker: int, connection: Any, tickets: Any, stop: Any, threads: int) -> None:
     """Take jobs from the connection until it closes.
 
     Messages back: ("ready", None), whereupon one from the parent starts the run; then ("done", (why, buffers)), the
@@ -120,7 +123,7 @@ def _seed(seed, worker):
 class Replica:
     """A worker's own copy of the model, whose parameters are views of one flat tensor."""
 
-    def __init__(self, model, loss_fn, make_optimizer, job: Job, worker: int):
+    def __init__(self, model: torch.nn.Module, loss_fn: Callable, make_optimizer: Callable, job: Job, worker: int):
         self.model, self.loss_fn, self.shared = model, loss_fn, job.shared
         self.every, self.done = job.consistency_every, 0
         parameters = trainable(model)
@@ -141,10 +144,11 @@ class Replica:
         # No network: values are written as they are, and only what a method leaves out stays behind.
         self.reducer = Reducer(job.method, worker, job.workers, Wire(self.flat.dtype))
         if job.method.memory == "error_feedback":
+            assert isinstance(self.reducer.memory, ErrorFeedback)
             self.reducer.memory.residual = _Given(job.shared.residuals[worker])
         self.weights, self.minus_one = None, None
 
-    def update(self, batch, number: int) -> None:
+    def update(self, batch: Any, number: int) -> None:
         """Read the shared parameters, compute, and subtract the chosen blocks of the optimizer's step from them."""
         counts = self.shared.counts
         seen = int(counts[ENDED].sum())

@@ -10,7 +10,9 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,8 +51,9 @@ class GradientCompressor(GradientHandle):
     Raises TypeError or ValueError for what cannot work, ImportError without Horovod.
     """
 
-    def __init__(self, named_parameters, method: Method, *, process_set=None, optimizer=None, grad_scaler=None,
-                 consistency_every: int = 0, log=None, runs: Method | None = None):  # fmt: skip
+    def __init__(self, named_parameters: Iterable[tuple[str, torch.Tensor]], method: Method, *, process_set: Any = None,
+                 optimizer: torch.optim.Optimizer | None = None, grad_scaler: torch.amp.GradScaler | None = None,
+                 consistency_every: int = 0, log: Any = None, runs: Method | None = None):  # fmt: skip
         require()
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         runs = method if runs is None else runs
@@ -80,7 +83,7 @@ class GradientCompressor(GradientHandle):
             self._start({name: p.numel() for name, p in self._parameters}, self._set.rank(), n, wire)
             caution(runs, optimizer, n)
 
-    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _InFlight]:
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _InFlight | None]:
         """The gradient of one of the named parameters as what Horovod is to add up; called by Horovod."""
         if self.closed:
             return tensor, None

@@ -9,7 +9,9 @@ import gc
 import itertools
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from thinwire.core.reducer import Encoded
 from thinwire.core.selection import BY_NAME
 from thinwire.elastic.late_steps import LateSteps, check_optimizer
 from thinwire.elastic.lateness import Late, heaviest
-from thinwire.horovod.compressor import GradientCompressor
+from thinwire.horovod.compressor import GradientCompressor, _InFlight
 from thinwire.horovod.stock import hvd
 from thinwire.methods import Elastic
 from thinwire.state.checks import check_owned
@@ -64,12 +66,14 @@ class ElasticCompressor(LateSteps, GradientCompressor):
     Raises TypeError or ValueError for what cannot work, ImportError without Horovod.
     """
 
-    def __init__(self, named_parameters, method: Elastic, *, optimizer=None, **options):
+    def __init__(self, named_parameters: Iterable[tuple[str, torch.Tensor]], method: Elastic, *,
+                 optimizer: torch.optim.Optimizer | None = None, **options: Any):  # fmt: skip
         _check_decision(method)
         check_optimizer(optimizer)
         if hasattr(optimizer, "_allreduce_grad_async"):
             raise TypeError("optimizer is an hvd.DistributedOptimizer: pass the plain one that it is to be made from")
         super().__init__(named_parameters, method, optimizer=optimizer, runs=method.method, **options)
+        assert optimizer is not None  # check_optimizer
         check_owned(optimizer, self._parameters)
         self._names = {p: name for name, p in self._parameters}
         self._plain, self._horovods = optimizer, None
@@ -92,7 +96,7 @@ class ElasticCompressor(LateSteps, GradientCompressor):
 
     # ---- what Horovod and GradientCompressor call ----
 
-    def compress(self, tensor):
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _InFlight | None]:
         if self._borrowed:
             raise RuntimeError("a backward pass inside evaluating(): what it changes would be undone at the end")
         return super().compress(tensor)

@@ -1,6 +1,8 @@
 """Divide-and-Shuffle's way in for Horovod: groups are process sets, and gradients are not exchanged at all."""
 
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -31,8 +33,9 @@ class DivideAndShuffleAverager(Replicas):
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                 method: DivideAndShuffle | None = None, *, process_sets=(), grad_scaler=None,
-                 consistency_every: int = 0, log=None):  # fmt: skip
+                 method: DivideAndShuffle | None = None, *, process_sets: Iterable = (),
+                 grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0,
+                 log: Any = None):  # fmt: skip
         require()
         method = DivideAndShuffle() if method is None else method
         parameters = [(name, p) for p, name in parameter_names(model).items()]
@@ -79,7 +82,7 @@ class ProcessSets:
     def broadcast(self, tensor: torch.Tensor) -> None:
         hvd.broadcast_(tensor, 0, name=f"{self._label}.broadcast")
 
-    def gather_objects(self, thing) -> list:
+    def gather_objects(self, thing: Any) -> list:
         return hvd.allgather_object(thing, name=f"{self._label}.objects")
 
     def close(self) -> None:

@@ -1,14 +1,15 @@
 """What every method is: a frozen value, validated where it is made, compared across ranks in step one."""
 
 import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from thinwire.methods.block_sparse import BlockSparse
+    from thinwire.methods.block_sparse import BlockSparse, Dense
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +27,7 @@ class Method:
         raise TypeError(f"method is {self!r}: it is no method that averages gradients")
 
 
-def check_one_of(method, name, allowed):
+def check_one_of(method: Method, name: str, allowed: Iterable) -> None:
     value = getattr(method, name)
     if value not in allowed:
         near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
@@ -36,14 +37,14 @@ def check_one_of(method, name, allowed):
         )
 
 
-def check_wire_dtype(method):
+def check_wire_dtype(method: "BlockSparse | Dense") -> None:
     if method.wire_dtype not in WIRE_DTYPES:
         raise ValueError(
             f"{given(method, 'wire_dtype')}: wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}"
         )
 
 
-def check_number(method, name, allowed, is_allowed):
+def check_number(method: Method, name: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
     value = getattr(method, name)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{given(method, name)}: {name} must be {allowed}")
@@ -51,14 +52,14 @@ def check_number(method, name, allowed, is_allowed):
         raise ValueError(f"{given(method, name)}: {name} must be {allowed}")
 
 
-def check_integer(method, name, least, below=None):
+def check_integer(method: Method, name: str, least: int, below: int | None = None) -> None:
     value = getattr(method, name)
     allowed = f"an integer of at least {least}" + (f" and below {below}" if below else "")
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{given(method, name)}: {name} must be {allowed}")
-    if value < least or (below is not None and value >= below):
+    if value < least or (below is not None and value >= below):  # type: ignore[operator]  # Integral has no order there
         raise ValueError(f"{given(method, name)}: {name} must be {allowed}")
 
 
-def given(method, name):
+def given(method: Method, name: str) -> str:
     return f"{type(method).__name__}({name}={getattr(method, name)!r})"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -118,7 +119,8 @@ class BlockSparse(Method):
     def density_at(self, step: int, world_size: int) -> float:
         """The density of a step (from 0): 1 in the warm-up, then a geometric fall to the final density; of "auto",
         the largest that it may be."""
-        final = {None: 1 / world_size, "auto": self.max_density}.get(self.density, self.density)
+        names: dict[Any, float] = {None: 1 / world_size, "auto": self.max_density}
+        final: Any = names.get(self.density, self.density)
         if step < self.warmup_steps:
             return 1.0
         done = step - self.warmup_steps + 1

@@ -39,7 +39,7 @@ class Butterfly(Schedule):
     size have no such digits: they get :class:`Ring`.
     """
 
-    def partitions(self, world_size, group_size, seed, hosts):
+    def partitions(self, world_size: int, group_size: int, seed: int, hosts: tuple[str, ...]) -> tuple[Partition, ...]:
         radices = _radices(world_size, group_size)
         if radices is None:
             return Ring().partitions(world_size, group_size, seed, hosts)
@@ -54,7 +54,7 @@ class Ring(Schedule):
     else on the ring, so that it is not always the same ranks that are left with it.
     """
 
-    def partitions(self, world_size, group_size, seed, hosts):
+    def partitions(self, world_size: int, group_size: int, seed: int, hosts: tuple[str, ...]) -> tuple[Partition, ...]:
         rounds = _rounds(world_size, group_size)
         found = []
         for t in range(max(rounds, 1)):
@@ -79,7 +79,7 @@ class Random(Schedule):
         if isinstance(self.family, bool) or not isinstance(self.family, int) or self.family < 1:
             raise ValueError(f"Random(family={self.family!r}): family must be an integer of at least 1")
 
-    def partitions(self, world_size, group_size, seed, hosts):
+    def partitions(self, world_size: int, group_size: int, seed: int, hosts: tuple[str, ...]) -> tuple[Partition, ...]:
         generator = random.Random(f"thinwire {seed} {world_size} {group_size}")
         for _ in range(1000):
             found = []
@@ -113,7 +113,7 @@ class Hosts(Schedule):
                 f"Hosts(across_every={self.across_every!r}): across_every must be an integer of at least 1"
             )
 
-    def partitions(self, world_size, group_size, seed, hosts):
+    def partitions(self, world_size: int, group_size: int, seed: int, hosts: tuple[str, ...]) -> tuple[Partition, ...]:
         hosts = hosts if self.hosts is None else self.hosts
         if len(hosts) != world_size:
             raise ValueError(f"Hosts(hosts={self.hosts!r}) names {len(hosts)} hosts for {world_size} ranks: one a rank")

@@ -16,9 +16,11 @@ import importlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from thinwire.ops import reference
 from thinwire.ops.reference import NONFINITE, TOUCHED
@@ -87,7 +89,8 @@ def _call(name, device, *args):
     return getattr(reference, name)(*args)
 
 
-def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, status):
+def accumulate_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentum: float, table: Tensor,
+                block_size: int, norms: Tensor, status: Tensor) -> None:  # fmt: skip
     """Add the gradient to the residual and give each block's squared norm, in one pass.
 
     residual [N] float32 or float64, changed: ``+= grad``; with velocity [N] (same dtype, changed), velocity becomes
@@ -100,12 +103,13 @@ def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, st
     _call("accumulate_", grad.device, residual, velocity, grad, momentum, table, block_size, norms, status)
 
 
-def examine(grad, table, status):
+def examine(grad: Tensor, table: Tensor, status: Tensor) -> None:
     """Write status [S + 1] of grad [N], which stays as it is."""
     _call("examine", grad.device, grad, table, status)
 
 
-def draw_blocks(table, units, block_size, seed, step, streams, deals, chosen):
+def draw_blocks(table: Tensor, units: Tensor, block_size: int, seed: int, step: int, streams: Iterable[int],
+                deals: Iterable[int], chosen: Tensor) -> None:  # fmt: skip
     """Draw blocks uniformly without replacement, for several ranks at once; every device gives the same ones.
 
     A counter-based generator (splitmix64 started from seed, step, the parameter's unit and the stream) gives every
@@ -116,12 +120,13 @@ def draw_blocks(table, units, block_size, seed, step, streams, deals, chosen):
     _call("draw_blocks", chosen.device, table, units, block_size, seed, step, list(streams), list(deals), chosen)
 
 
-def select_blocks(norms, table, block_size, chosen):
+def select_blocks(norms: Tensor, table: Tensor, block_size: int, chosen: Tensor) -> None:
     """Write to chosen [K] each parameter's ``slots`` blocks of largest norms [M]; ties go to the lower number."""
     _call("select_blocks", norms.device, norms, table, block_size, chosen)
 
 
-def gather_blocks(source, chosen, table, block_size, status, scale, payload):
+def gather_blocks(source: Tensor, chosen: Tensor, table: Tensor, block_size: int, status: Tensor | None,
+                  scale: Tensor | None, payload: Tensor) -> None:  # fmt: skip
     """Copy the chosen blocks of source [N] into payload [P], times scale (0-d float32 or None), in payload's dtype.
 
     Padding is zero. With a status, parameters that are not TOUCHED send zeros, and if any is NONFINITE the whole
@@ -130,7 +135,8 @@ def gather_blocks(source, chosen, table, block_size, status, scale, payload):
     _call("gather_blocks", source.device, source, chosen, table, block_size, status, scale, payload)
 
 
-def take_blocks_(source, chosen, table, block_size, status, scale, payload):
+def take_blocks_(source: Tensor, chosen: Tensor, table: Tensor, block_size: int, status: Tensor | None,
+                 scale: Tensor | None, payload: Tensor) -> None:  # fmt: skip
     """As :func:`gather_blocks`, and source keeps what was not sent: zero, or the rounding error of payload's dtype.
 
     scale must be a power of two, so that source's new value plus what was sent is its old value exactly. Parameters
@@ -139,7 +145,8 @@ def take_blocks_(source, chosen, table, block_size, status, scale, payload):
     _call("take_blocks_", source.device, source, chosen, table, block_size, status, scale, payload)
 
 
-def scatter_blocks_(payloads, inverses, chosen, table, block_size, factors, accumulate, out):
+def scatter_blocks_(payloads: Tensor, inverses: Tensor | None, chosen: Tensor, table: Tensor, block_size: int,
+                    factors: Tensor, accumulate: bool, out: Tensor) -> None:  # fmt: skip
     """Add the payloads [R, P] of R ranks block by block in rank order: the same bits on every rank and in every run.
 
     out [N] = factors[s] * sum over r of payloads[r] * inverses[r] where any rank sent a block, and 0 elsewhere; or,
@@ -149,7 +156,9 @@ def scatter_blocks_(payloads, inverses, chosen, table, block_size, factors, accu
     _call("scatter_blocks_", out.device, payloads, inverses, chosen, table, block_size, factors, accumulate, out)
 
 
-def settle_(residual, velocity, grad, momentum, payload, inverse, chosen, table, block_size, status, bad):
+def settle_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentum: float, payload: Tensor,
+            inverse: Tensor | None, chosen: Tensor, table: Tensor, block_size: int, status: Tensor,
+            bad: Tensor) -> None:  # fmt: skip
     """End a step of error feedback, when it is known whether some rank's gradient was inf or NaN (bad, int32 [1]).
 
     bad is 0: velocity, if any, is cleared in the blocks sent of parameters that did not travel whole. bad is not 0:

@@ -1,6 +1,8 @@
 """What the ranks must agree on before they average replicas, whatever the front door."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -17,7 +19,8 @@ from thinwire.state.checks import check_owned
 _log = logging.getLogger("thinwire")
 
 
-def agreed_partitions(method: DivideAndShuffle, optimizer, all_gather_object, tensors, check,
+def agreed_partitions(method: DivideAndShuffle, optimizer: Any, all_gather_object: Callable[[Any], list],
+                      tensors: list[tuple[str, torch.Tensor]], check: Callable[[], None],
                       consistency_every: int) -> tuple[Partition, ...]:  # fmt: skip
     """The cycle of partitions, for the hosts that the ranks are on. A collective, before any group is made.
 
@@ -46,7 +49,7 @@ def agreed_partitions(method: DivideAndShuffle, optimizer, all_gather_object, te
     return partitions
 
 
-def check_optimizer(method: DivideAndShuffle, optimizer, parameters) -> None:
+def check_optimizer(method: DivideAndShuffle, optimizer: Any, parameters: list[tuple[str, torch.Tensor]]) -> None:
     """Raise TypeError or ValueError for an optimizer whose steps the rounds cannot follow. parameters: (name, p)."""
     if optimizer is None:
         raise ValueError("DivideAndShuffle averages after every optimizer step: pass optimizer=")

@@ -1,5 +1,7 @@
 """Divide-and-Shuffle as PyTorch's ModelAverager: for PostLocalSGDOptimizer, or a loop that averages by itself."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
@@ -39,7 +41,7 @@ class DivideAndShuffleAverager(ModelAverager):
         self._rounds = Rounds(method, partitions, self._groups, self._stats)
         self._agreed = False
 
-    def average_parameters(self, params) -> None:
+    def average_parameters(self, params: Iterable) -> None:
         """One round, over parameters or over an optimizer's parameter groups; frozen ones are left.
 
         Raises ValueError, on every rank, where after a resume the ranks are in different rounds.

@@ -5,6 +5,7 @@ are made once, groups of one rank never, and the group of all ranks is the one t
 """
 
 import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Groups:
         """How many groups this rank had to make and is a member of."""
         return len(self._groups) - 1
 
-    def start_sum(self, tensor: torch.Tensor, members: Group):
+    def start_sum(self, tensor: torch.Tensor, members: Group) -> Any:
         """Start adding up a contiguous tensor in place over the members, this rank among them; call ``wait`` on what
         this returns."""
         return dist.all_reduce(tensor, group=self._groups[members], async_op=True)
@@ -48,7 +49,7 @@ class Groups:
         everyone = self._groups[self._everyone]
         dist.broadcast(tensor, dist.get_global_rank(everyone, 0), group=everyone)
 
-    def gather_objects(self, thing) -> list:
+    def gather_objects(self, thing: Any) -> list:
         everyone = [None] * self.size
         dist.all_gather_object(everyone, thing, group=self._groups[self._everyone])
         return everyone
@@ -63,7 +64,7 @@ class Groups:
 
 def backend_of(group: dist.ProcessGroup) -> str:
     """What to give ``new_group`` for a group of the same kind."""
-    backend = dist.get_backend(group)
+    backend: str = dist.get_backend(group)
     if backend == dist.Backend.UNDEFINED:  # one for each type of device
         backend = dist.get_backend_config(group)
     return backend

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from thinwire.consistency import measure as consistency
 from thinwire.core.stats import Stats, ring_all_reduce_bytes
 from thinwire.methods import DivideAndShuffle
+from thinwire.methods.schedules import Partition
 from thinwire.replicas.means import Named, pieces
 from thinwire.replicas.moments import moment_names, moments_every
 from thinwire.replicas.rounds import Moments, Rounds
@@ -26,10 +28,13 @@ class Replicas(Handle):
     All methods but ``stats`` and ``state_dict`` are collectives: call them on every rank.
     """
 
+    module: torch.nn.Module
+    method: DivideAndShuffle
     _borrowed = False
 
-    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle, groups,
-                 partitions, grad_scaler=None, ignored=(), consistency_every: int = 0, log=None):  # fmt: skip
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle,
+                 groups: Any, partitions: tuple[Partition, ...], grad_scaler: torch.amp.GradScaler | None = None,
+                 ignored: Iterable[str] = (), consistency_every: int = 0, log: Any = None):  # fmt: skip
         super().__init__(method, consistency_every, log)
         self.module = module
         self._ignored = frozenset(ignored)

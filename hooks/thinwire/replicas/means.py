@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -46,7 +47,8 @@ class Mean:
         self._blocks = blocks
         self._layout = None if blocks is None else Layout(names, self._numels, blocks.block_size)
 
-    def start(self, piece: list[Named], members: Group, groups, round_: int, stats: Stats, keep: bool = False) -> None:
+    def start(self, piece: list[Named], members: Group, groups: Any, round_: int, stats: Stats,
+              keep: bool = False) -> None:  # fmt: skip
         """Read the piece's tensors as they are now and start adding them up over the members.
 
         groups: carries the sum, see thinwire.replicas.groups. keep: remember what was read, for ``correct``.
@@ -99,6 +101,7 @@ class Mean:
 
     def correction(self) -> list[torch.Tensor]:
         """The mean less what was read, a tensor each."""
+        assert self._before is not None  # start was told to keep it
         return [c.view(t.shape) for c, t in zip((self._flat - self._before).split(self._numels), self._tensors)]
 
     def _take(self, round_, world_size):

@@ -1,11 +1,12 @@
 """Rounds of Divide-and-Shuffle: which group is this rank's now, and the averages of one round under way."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from thinwire.core.stats import Stats
-from thinwire.methods import DivideAndShuffle
+from thinwire.methods import BlockSparse, DivideAndShuffle
 from thinwire.methods.schedules import Group, Partition
 from thinwire.replicas.means import Mean, Named, pieces
 
@@ -19,7 +20,7 @@ class Rounds:
     Everything follows from ``done``, the number of rounds done: it must be the same on every rank.
     """
 
-    def __init__(self, method: DivideAndShuffle, partitions: tuple[Partition, ...], groups, stats: Stats):
+    def __init__(self, method: DivideAndShuffle, partitions: tuple[Partition, ...], groups: Any, stats: Stats):
         self.method = method
         self.partitions = partitions
         self.groups = groups
@@ -56,7 +57,7 @@ class Rounds:
         """A round of all ranks outside the schedule, whose bytes and seconds are not counted."""
         return Round(self, self._everyone, self._everyone, scheduled=False)
 
-    def mean_of(self, kind: str, piece: list[Named], blocks) -> Mean:
+    def mean_of(self, kind: str, piece: list[Named], blocks: BlockSparse | None) -> Mean:
         """The Mean for a piece, made once."""
         key = kind, tuple((name, tensor.numel()) for name, tensor in piece), blocks is None
         if key not in self._means:

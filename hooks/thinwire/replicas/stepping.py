@@ -1,5 +1,7 @@
 """Calls back when an optimizer has made its step, or makes the step piece by piece; skipped steps too."""
 
+from typing import Any
+
 import torch
 
 # Each parameter's step depends on that parameter alone, so they can be stepped in pieces.
@@ -24,7 +26,8 @@ class StepHooks:
     in_pieces, ``pieces_to_step`` and ``pieces_stepped``. grad_scaler: a step that it skips counts as a step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, listener, in_pieces: bool, grad_scaler=None):
+    def __init__(self, optimizer: torch.optim.Optimizer, listener: Any, in_pieces: bool,
+                 grad_scaler: torch.amp.GradScaler | None = None):  # fmt: skip
         self._optimizer, self._listener, self._in_pieces = optimizer, listener, in_pieces
         self._params: list[list[torch.Tensor]] | None = None
         self._called = 0
@@ -34,7 +37,7 @@ class StepHooks:
         if grad_scaler is not None:
             self._scalers_own = "step" not in grad_scaler.__dict__  # and not another model's wrapper
             self._scalers_step = grad_scaler.step
-            grad_scaler.step = self._scaler_step
+            grad_scaler.step = self._scaler_step  # type: ignore[method-assign]
 
     def remove(self) -> None:
         self._before_handle.remove()
@@ -44,7 +47,7 @@ class StepHooks:
             if self._scalers_own:
                 del scaler.step
             else:
-                scaler.step = self._scalers_step
+                scaler.step = self._scalers_step  # type: ignore[method-assign]
 
     def _before(self, optimizer, args, kwargs):
         self._restore()  # where the step before failed

@@ -2,11 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
+
+from thinwire.methods import Method
 
 _ADVICE = "every rank must be given the same method, the same model and, after a resume, a state of the same step"
 
 
-def describe(method, step: int, numels: dict[str, int]) -> dict[str, str]:
+def describe(method: Method, step: int, numels: dict[str, int]) -> dict[str, str]:
     """What must be equal on every rank, by name."""
     return method.describe() | {"model": digest(numels), "step": str(step)}
 
@@ -25,7 +28,7 @@ def require(everyone: list[dict[str, str]]) -> None:
     """Raise ValueError, naming each thing in which the ranks' descriptions differ and who has what."""
     differences = []
     for key in sorted({key for one in everyone for key in one}):
-        ranks = {}
+        ranks: dict[str, list[int]] = {}
         for rank, one in enumerate(everyone):
             ranks.setdefault(one.get(key, "(none)"), []).append(rank)
         if len(ranks) > 1:
@@ -35,7 +38,8 @@ def require(everyone: list[dict[str, str]]) -> None:
         raise ValueError(f"thinwire: the ranks differ in {'; '.join(differences)}. {_ADVICE.capitalize()}.")
 
 
-def check_together(all_gather_object, check: Callable[[], dict[str, str]], aside=None) -> list:
+def check_together(all_gather_object: Callable[[Any], list], check: Callable[[], dict[str, str]],
+                   aside: Any = None) -> list:  # fmt: skip
     """Run a check on every rank and compare what it gives; what it raises on one rank is raised on all.
 
     check: gives what must be equal on every rank, by name, or raises TypeError or ValueError. aside: what this rank

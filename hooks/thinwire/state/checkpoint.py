@@ -45,7 +45,7 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
         )
     late = any(shard.get("late") for shard in shards)
     differed = Elastic.differed(shards[0]["method"])
-    if late and differed != method.replicas_differ:
+    if late and differed != method.replicas_differ:  # type: ignore[attr-defined]  # check: late is Elastic's only
         raise ValueError(
             f"load_state_dict: the state was saved with {shards[0]['method']}, whose late gradients "
             f"{'differ from rank to rank' if differed else 'are the same on all ranks'}, and with {method!r} they "

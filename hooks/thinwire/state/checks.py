@@ -1,12 +1,14 @@
 """What cannot work is refused before training starts, with the reason and the way out."""
 
+from typing import Any
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.methods import Method
 
 
-def check_model(ddp, hook_allowed: bool = False) -> None:
+def check_model(ddp: Any, hook_allowed: bool = False) -> None:
     """Raise TypeError or ValueError where the model cannot be given the hook."""
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(

@@ -1,6 +1,7 @@
 """Gradients averaged by a reducer: the handle of BlockSparse, Dense and what runs them late."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ EVERY_IF_AUTO = 10  # steps from one measurement to the next with density="auto"
 class GradientHandle(Handle):
     """A reducer at work on the gradients of one model. runs: what the reducer runs, where it is not ``method``."""
 
-    def __init__(self, method: Method, grad_scaler=None, consistency_every: int = 0, log=None,
+    def __init__(self, method: Method, grad_scaler: Any = None, consistency_every: int = 0, log: Any = None,
                  runs: Method | None = None):  # fmt: skip
         self._block_sparse = block_sparse(method if runs is None else runs)
         super().__init__(method, consistency_every or EVERY_IF_AUTO * self._block_sparse.automatic, log)
@@ -88,7 +89,7 @@ class GradientHandle(Handle):
             "step": self._step, "scale": scale, "controller": controller, "gradient_norm": self._gradient_norm,
         }  # fmt: skip
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Continue where a state was saved. Call it on every rank: in the next step they compare where they are.
 
         state: this rank's shard; or the list of all ranks' shards, which also fits another number of ranks: old

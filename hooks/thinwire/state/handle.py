@@ -3,6 +3,7 @@
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Handle:
     module: torch.nn.Module | None = None
     closed = False
 
-    def __init__(self, method: Method, consistency_every: int = 0, log=None):
+    def __init__(self, method: Method, consistency_every: int = 0, log: Any = None):
         consistency.check_log(consistency_every, log)
         self.method = method
         self.consistency_log: deque[dict] = deque(maxlen=KEPT)
@@ -58,7 +59,7 @@ class Handle:
         """
         raise NotImplementedError
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Continue where a state was saved. Raises ValueError, with nothing changed, where it does not fit."""
         raise NotImplementedError
 

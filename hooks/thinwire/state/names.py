@@ -1,9 +1,11 @@
 """Names of parameters, the same however the module was wrapped."""
 
+from collections.abc import Container
+
 import torch
 
 
-def parameter_names(module: torch.nn.Module, ignored=()) -> dict[torch.Tensor, str]:
+def parameter_names(module: torch.nn.Module, ignored: Container[str] = ()) -> dict[torch.Tensor, str]:
     """Each trainable parameter's name, without what torch.compile puts into it; tied parameters have one.
 
     ignored: names to leave out, as in DDP's ``parameters_to_ignore``.
@@ -12,7 +14,7 @@ def parameter_names(module: torch.nn.Module, ignored=()) -> dict[torch.Tensor, s
     return {p: name.replace("_orig_mod.", "") for p, name in named.items()}
 
 
-def float_buffers(module: torch.nn.Module, ignored=()) -> list[tuple[str, torch.Tensor]]:
+def float_buffers(module: torch.nn.Module, ignored: Container[str] = ()) -> list[tuple[str, torch.Tensor]]:
     """Its floating-point buffers by name, each once; without those of the ignored names."""
     named = module.named_buffers()
     return [(name, buffer) for name, buffer in named if buffer.is_floating_point() and name not in ignored]
