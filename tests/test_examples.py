@@ -86,7 +86,7 @@ def test_each_example_differs_from_plain_training_by_one_line():
 
 
 def test_a_short_demo_leaves_its_record_and_picture(tmp_path):
-    run(sys.executable, "benchmarks/demo/run.py", "--seconds", 2, "--ranks", 2, "--mbit", 200, "--methods", "dense",
+    run(sys.executable, "benchmarks/demo/run.py", "--seconds", 3, "--ranks", 2, "--mbit", 200, "--methods", "dense",
         "best", "--out", tmp_path)  # fmt: skip
     record = json.loads((tmp_path / "demo.json").read_text())
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

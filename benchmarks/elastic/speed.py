@@ -1,7 +1,7 @@
 """Elastic scheduling measured: a step's time over beta and link rates, and the loss after equal steps and equal time.
 
     python benchmarks/elastic/speed.py                  2 ranks on a thin network, about 10 minutes
-    python benchmarks/elastic/speed.py --docs           docs/tables/elastic_speed.md, elastic_loss.md from what is there
+    python benchmarks/elastic/speed.py --docs           docs/tables/elastic_speed.md and elastic_loss.md
 
 Methods take turns of 7 steps with plain SGD, of which 2 are not counted, between barriers. Communication alone is what
 the synchronous method (beta 1) exchanges in a step with nothing else to do; computation alone is DDP with PyTorch's

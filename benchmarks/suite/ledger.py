@@ -8,6 +8,7 @@ of that differs. Rows of another machine, other versions or other code are kept 
 import ast
 import contextlib
 import datetime
+import functools
 import hashlib
 import inspect
 import json
@@ -51,6 +52,7 @@ def _digest(files):
     return digest.hexdigest()[:12]
 
 
+@functools.cache  # it is asked after every run, for all files
 def _without_words(source):
     """A module's syntax tree without docstrings; comments are not in it."""
     tree = ast.parse(source)

@@ -4,7 +4,7 @@
     python benchmarks/suite/train.py --full                everything, most of a day; goes on where it was interrupted
     python benchmarks/suite/train.py --full --tasks digits --methods dense nominated-4
     python benchmarks/suite/train.py --report              tables and pictures of what is there (in results/;
-                                                     those that come with the project: --out benchmarks/results)
+                                                           those that come with the project: --out benchmarks/results)
     python benchmarks/suite/train.py --list                tasks and methods
 
 Two things are measured and put together. How good a model is after so many steps depends on the method and the seed,
