@@ -262,8 +262,8 @@ def test_controller_rises_at_once_keeps_its_bounds_and_ignores_what_is_not_finit
 AUTO = BlockSparse("topk", density="auto", max_inconsistency=0.5, block_size=16, dense_below=20, min_density=0.01)
 
 
-def automatic(rank, n, method, resume_at=None, steps=300):
-    """A run whose targets shrink a hundredfold halfway, and the gradients with them."""
+def automatic(rank, n, method, resume_at=None, steps=200):
+    """A run whose loss shrinks a hundredfold after 100 steps, and the gradients with it."""
     model = mlp()
     ddp, optimizer = wrap(model), sgd(model, lr=0.02)
     handle = attach(ddp, method, optimizer)
@@ -292,7 +292,7 @@ def test_automatic_density_is_the_same_on_all_ranks_and_keeps_the_limit(ranks, m
     everyone = ranks(3).run(automatic, method)
     for log, equal, _, density in everyone:
         assert log == everyone[0][0] and equal
-        assert density == log[-1][2] < 0.02
+        assert density == log[-1][2] < 0.03  # from 0.25 at step 100
         assert max(measured for _, measured, _ in log) < 0.5
         assert max(measured for step, measured, _ in log if step < 100) > 0.5 * AIM * 0.5
         densities = [d for _, _, d in log]
