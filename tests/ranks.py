@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import time
 import traceback
 
 import torch
@@ -43,15 +44,20 @@ class Ranks:
         except queue.Empty:
             failures.append(f"{function.__name__}: no answer in time from all of {self.n} ranks")
         except BaseException:  # pytest's own timeout, say
-            self.stop()
+            self.stop(seconds=0)
             raise
         if failures:
-            self.stop()
+            self.stop(seconds=0)
             raise RankError("\n".join(failures))
         return results
 
-    def stop(self):
+    def stop(self, seconds: float = 5.0):
+        """End the ranks; those that do not end by themselves in time, which is when coverage.py saves, are killed."""
+        end = time.monotonic() + seconds
+        for inbox in self._inboxes if self._processes else ():
+            inbox.put(None)
         for process in self._processes:
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
         self._processes = []
@@ -72,8 +78,8 @@ def _serve(rank, n, store, inbox, outbox):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
-    while True:
-        function, args = inbox.get()
+    while (job := inbox.get()) is not None:
+        function, args = job
         try:
             outbox.put((rank, True, function(rank, n, *args)))
         except BaseException:

@@ -57,7 +57,7 @@ def resume(rank, n, methods, caps, first=6, second=6):
     return outcomes
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_resumed_is_uninterrupted_whatever_the_buckets(ranks, n):
     """The fresh DDP starts with other buckets than the rebuilt ones, and here with other sizes too."""
     for of_rank in ranks(n).run(resume, ALL_METHODS, (0.01, 0.03, 25), seconds=900):

@@ -262,13 +262,13 @@ def test_controller_rises_at_once_keeps_its_bounds_and_ignores_what_is_not_finit
 AUTO = BlockSparse("topk", density="auto", max_inconsistency=0.5, block_size=16, dense_below=20, min_density=0.01)
 
 
-def automatic(rank, n, method, resume_at=None):
-    """A run whose targets shrink a hundredfold halfway, and the gradients with them."""
+def automatic(rank, n, method, resume_at=None, steps=200):
+    """A run whose loss shrinks a hundredfold after 100 steps, and the gradients with it."""
     model = mlp()
     ddp, optimizer = wrap(model), sgd(model, lr=0.02)
     handle = attach(ddp, method, optimizer)
     batches = data(rank)
-    for t in range(300):
+    for t in range(steps):
         x, y = next(batches)
         factor = 1.0 if t < 100 else 0.01
         optimizer.zero_grad()
@@ -292,7 +292,7 @@ def test_automatic_density_is_the_same_on_all_ranks_and_keeps_the_limit(ranks, m
     everyone = ranks(3).run(automatic, method)
     for log, equal, _, density in everyone:
         assert log == everyone[0][0] and equal
-        assert density == log[-1][2] < 0.02
+        assert density == log[-1][2] < 0.03  # from 0.25 at step 100
         assert max(measured for _, measured, _ in log) < 0.5
         assert max(measured for step, measured, _ in log if step < 100) > 0.5 * AIM * 0.5
         densities = [d for _, _, d in log]
@@ -300,7 +300,7 @@ def test_automatic_density_is_the_same_on_all_ranks_and_keeps_the_limit(ranks, m
 
 
 def test_automatic_density_resumes_bit_for_bit(ranks):
-    whole, resumed = ranks(2).run(automatic, AUTO), ranks(2).run(automatic, AUTO, 57)
+    whole, resumed = (ranks(2).run(automatic, AUTO, resume_at, 140) for resume_at in (None, 57))
     for a, b in zip(whole, resumed):
         assert torch.equal(a[2], b[2])
         assert a[0][-len(b[0]):] == b[0]
@@ -323,7 +323,7 @@ def test_wrong_automatic_densities_are_refused(options, match):
 
 def quiet(rank, n):
     with logged() as messages:
-        automatic(rank, n, AUTO)
+        automatic(rank, n, AUTO, steps=120)
     return messages
 
 

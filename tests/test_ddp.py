@@ -1,13 +1,29 @@
 """What DDP users do: everything here must work as it does without thinwire."""
 
 import copy
+import time
 
 import pytest
 import thinwire
 import torch
 import torch.distributed as dist
-from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense
+from models import (
+    ALL_METHODS,
+    SMALL_BUCKET_MB,
+    attach,
+    data,
+    equal_on_all_ranks,
+    flat,
+    label,
+    learner,
+    logged,
+    mlp,
+    sgd,
+    step,
+    watched,
+    wrap,
+)
+from thinwire import BlockSparse, Dense, Elastic
 from torch.nn.parallel import DistributedDataParallel
 
 TOPK = BlockSparse("topk", density=0.1, block_size=16)
@@ -15,15 +31,15 @@ NOMINATED = BlockSparse("nominated", density=0.1, block_size=16)
 SOME = [BlockSparse(block_size=16), TOPK, NOMINATED, BlockSparse("shared", density=0.3, memory="control_variate")]
 
 
-def train(rank, n, method, build=mlp, options=None, steps=15, compiled=False):
+def train(rank, n, method, build=learner, options=None, compiled=False):
     model = build()
     ddp = wrap(model, **(options or {}))
     forward = torch.compile(ddp, backend="eager") if compiled else ddp
-    optimizer = sgd(ddp, lr=0.5)
+    optimizer = sgd(ddp, lr=2.0)
     handle = attach(forward, method, optimizer)
     batches = data(rank)
-    losses = [step(forward, optimizer, next(batches)) for _ in range(steps)]
-    learns = sum(losses[-3:]) < sum(losses[:3])
+    losses = [step(forward, optimizer, next(batches)) for _ in range(15)]
+    learns = sum(losses[-3:]) < 0.65 * sum(losses[:3])  # dense averaging leaves 0.46 to 0.49, methods up to 0.55
     return equal_on_all_ranks(model.parameters()), learns, handle.stats()["steps"]
 
 
@@ -39,12 +55,12 @@ def train(rank, n, method, build=mlp, options=None, steps=15, compiled=False):
     ids=lambda options: next(iter(options)),
 )
 def test_ddp_options(ranks, method, options):
-    assert ranks(2).run(train, method, mlp, options) == [(True, True, 15)] * 2
+    assert ranks(2).run(train, method, learner, options) == [(True, True, 15)] * 2
 
 
 @pytest.mark.parametrize("method", SOME, ids=label)
 def test_compiled_ddp(ranks, method):
-    assert ranks(2).run(train, method, mlp, {"bucket_cap_mb": 25}, 8, True) == [(True, True, 8)] * 2
+    assert ranks(2).run(train, method, learner, {"bucket_cap_mb": 25}, True) == [(True, True, 15)] * 2
 
 
 def by_hand(rank, n, method):
@@ -146,9 +162,9 @@ def test_an_unused_parameter_keeps_its_residual(ranks, method):
 
 
 def several_dtypes():
-    in_double, in_half = mlp(layers=2, dtype=torch.float64), mlp(layers=1, dtype=torch.bfloat16)
+    in_double, in_half = learner(layers=2, dtype=torch.float64), learner(layers=1, dtype=torch.bfloat16)
     return torch.nn.Sequential(
-        mlp(layers=2), Cast(torch.float64), in_double, Cast(torch.bfloat16), in_half, Cast(torch.float32)
+        learner(layers=2), Cast(torch.float64), in_double, Cast(torch.bfloat16), in_half, Cast(torch.float32)
     )
 
 
@@ -449,42 +465,83 @@ def figures(rank, n, method):
     optimizer, batches = sgd(ddp), data(rank)
     for _ in range(5):
         step(ddp, optimizer, next(batches))
-    return handle.stats(), sum(p.numel() for p in ddp.parameters())
+    return handle.stats()
 
 
 def test_stats(ranks):
-    stats, numel = ranks(4).run(figures, BlockSparse("shared", density=0.25, block_size=10, dense_below=0))[0]
-    assert set(stats) == {
-        "steps", "bytes_sent", "bytes_received", "dense_bytes", "compression", "encode_s", "exchange_s", "decode_s"
-    }  # fmt: skip
-    assert stats["steps"] == 5
-    assert stats["dense_bytes"] == pytest.approx(5 * 2 * 3 / 4 * 4 * numel, rel=1e-3)
-    assert stats["compression"] == pytest.approx(4, rel=0.05)
-    assert stats["bytes_sent"] == stats["bytes_received"]
-    assert all(stats[k] > 0 for k in ("encode_s", "exchange_s", "decode_s"))
+    """40 of the 160 blocks of a layer's weight travel, and 1 of the 4 of its bias; both ways in a ring."""
+    for stats in ranks(4).run(figures, BlockSparse("shared", density=0.25, block_size=10, dense_below=0)):
+        assert set(stats) == {
+            "steps", "bytes_sent", "bytes_received", "dense_bytes", "compression", "encode_s", "exchange_s", "decode_s"
+        }  # fmt: skip
+        assert stats["steps"] == 5
+        ring = lambda elements: 5 * 2 * 3 * elements / 4 * 4
+        assert stats["dense_bytes"] == ring(6 * 1640)
+        assert stats["bytes_sent"] == stats["bytes_received"] == ring(6 * (400 + 12))  # 10 are dealt as 12 to 4 owners
+        assert stats["compression"] == 1640 / 412
+        assert all(stats[k] > 0 for k in ("encode_s", "exchange_s", "decode_s"))
 
 
-def estimated(rank, n, methods):
-    pairs = []
+def blocks_that_arrived(parameter, block_size):
+    """How many of a parameter's blocks the averaged gradient has something in."""
+    blocks = torch.nn.functional.pad(parameter.grad.flatten(), (0, -parameter.numel() % block_size))
+    return int(blocks.view(-1, block_size).any(1).sum())
+
+
+def estimated(rank, n, methods, cap):
+    """For each method what the last of some steps sent, what is estimated, by how much less nominated sends because
+    ranks named the same block, and the number of buckets."""
+    rows = []
     for method in methods:
         model = mlp()
-        ddp = wrap(model)
+        ddp = wrap(model, bucket_cap_mb=cap)
         handle = attach(ddp, method, sgd(ddp))
         optimizer, batches = sgd(ddp), data(rank)
-        for _ in range(method.warmup_steps + method.ramp_steps):
+        last = max(2, method.warmup_steps + method.ramp_steps)  # DDP has its final buckets by then
+        for _ in range(last):
             step(ddp, optimizer, next(batches))
-        before = handle.stats()["bytes_sent"]
+        before, seen = handle.stats()["bytes_sent"], len(handle._reducer._slots)
         step(ddp, optimizer, next(batches))
-        pairs.append((handle.stats()["bytes_sent"] - before, thinwire.estimate(method, model, n)))
-    return pairs
-
-
-def test_estimate_is_what_is_sent(ranks):
-    for method, (sent, told) in zip(ALL_METHODS, ranks(3).run(estimated, ALL_METHODS)[0], strict=True):
+        saved = 0
         if method.selection == "nominated":
-            assert 0.4 * told["bytes_sent"] < sent < 1.15 * told["bytes_sent"], label(method)
-        else:
-            assert sent == pytest.approx(told["bytes_sent"], rel=0.05), label(method)
+            parameters = list(model.parameters())
+            most = method.counts_at(last, n, [p.numel() for p in parameters])
+            for parameter, count in zip(parameters, most):
+                elements = lambda blocks: min(blocks * method.block_size, parameter.numel())
+                of_owner = lambda blocks: -(-elements(blocks) // n)
+                arrived = blocks_that_arrived(parameter, method.block_size)
+                saved += 2 * (n - 1) * method.wire_dtype.itemsize * (of_owner(count) - of_owner(arrived))
+        rows.append((handle.stats()["bytes_sent"] - before, thinwire.estimate(method, model, n), saved, seen))
+    return rows
+
+
+@pytest.mark.parametrize("cap", [25, SMALL_BUCKET_MB], ids=["one-bucket", "several-buckets"])
+def test_estimate_is_what_is_sent(ranks, cap):
+    """To the byte, but for what each message of 16-bit values has beside them, and for nominated's list of blocks,
+    which is as long on every rank as on the one that names most in that bucket."""
+    for of_rank in ranks(3).run(estimated, ALL_METHODS, cap):
+        for method, (sent, told, saved, buckets) in zip(ALL_METHODS, of_rank, strict=True):
+            beside = 0
+            if method.wire_dtype.itemsize == 2:  # there and back: a float16 scale, and up to a whole word
+                beside += buckets * 2 * 2 * (4 + 3)
+            if method.selection == "nominated" and cap != 25:
+                beside += buckets * 2 * 4
+            assert 0 <= sent - (told["bytes_sent"] - saved) <= beside, label(method)
+
+
+def all_named_apart(rank, n, method):
+    """Every rank's heaviest blocks are light on the others, so that no block is named twice."""
+    model = torch.nn.Linear(48, 100, bias=False)
+    ddp = wrap(model)
+    handle = attach(ddp, method)
+    gradient = torch.rand(300, 16) + 10 * (torch.arange(300) % n == rank)[:, None]
+    (ddp(torch.eye(48)).t() * gradient.view(100, 48)).sum().backward()
+    return handle.stats()["bytes_sent"], thinwire.estimate(method, model, n, step=0)["bytes_sent"]
+
+
+def test_nominated_sends_all_that_is_estimated_where_no_block_is_named_twice(ranks):
+    for sent, told in ranks(3).run(all_named_apart, NOMINATED):
+        assert sent == told
 
 
 def local_experts(rank, n):
@@ -533,3 +590,58 @@ def shared_state(rank, n):
 def test_one_hook_state_on_two_models_is_refused(ranks):
     for said in ranks(2).run(shared_state):
         assert "one for each model" in said
+
+
+# ---- collectives that take their time, and DDP's default buckets ----
+
+
+class Large(torch.nn.Module):
+    """28 MB, which DDP's defaults put into three buckets: of 1 MB, of the 26 MB of one weight, and of the rest."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = torch.nn.Sequential(
+                torch.nn.Linear(40, 2560), torch.nn.Tanh(), torch.nn.Linear(2560, 2570), torch.nn.Tanh(),
+                torch.nn.Linear(2570, 110), torch.nn.Tanh(), torch.nn.Linear(110, 40),
+            )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def with_latency(rank, n, method, delays):
+    """The parameters, whether they were equal on all ranks, buckets a step, and how many collectives were under way at
+    once, where each waits as long as this rank's delays say."""
+    model = Large()
+    ddp = DistributedDataParallel(model)  # with all defaults
+    optimizer = sgd(ddp, lr=0.05)
+    random = torch.Generator().manual_seed(rank)
+    delay = lambda: time.sleep(delays[rank] * float(torch.rand((), generator=random)))
+    with watched(delay) as found:
+        handle = attach(ddp, method, optimizer)
+        batches, buckets = data(rank), set()
+        for _ in range(4):
+            step(ddp, optimizer, next(batches))
+            buckets |= set(handle._reducer._slots)
+        handle.finalize()
+    late = handle.stats().get("late_buckets", 0)
+    handle.close()
+    return flat(model.parameters()), equal_on_all_ranks(model.parameters()), len(buckets), found.most, late
+
+
+@pytest.mark.parametrize("method", [
+    NOMINATED, TOPK, BlockSparse(block_size=16), BlockSparse("shared", density=0.1),
+    Elastic(NOMINATED, beta=0.5, decide="agreed"),
+], ids=lambda m: getattr(m, "selection", "elastic"))  # fmt: skip
+def test_default_buckets_where_collectives_have_latency(ranks, method):
+    """Late collectives overlap with those of other buckets, arrive in any order, and change no bit."""
+    (plain, *_), *_ = ranks(3).run(with_latency, method, (0.0, 0.0, 0.0))
+    for delays in ((0.0, 0.0, 0.04), (0.01, 0.02, 0.03)):  # of one rank, then of all
+        results = ranks(3).run(with_latency, method, delays)
+        for parameters, equal, buckets, _, late in results:
+            assert torch.equal(parameters, plain) and equal
+            assert buckets >= 3, "DDP was meant to make several buckets"
+            assert late > 0 or not isinstance(method, Elastic)
+        assert max(most for *_, most, _ in results) >= 2, "no two collectives were under way at once"

@@ -12,7 +12,7 @@ from thinwire import BlockSparse
 
 N, D, BLOCK = 4, 64, 4
 TAU = 1 / N
-DRAWS = 3000
+DRAWS = 2000
 
 
 def method(selection, **options):

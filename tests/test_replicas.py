@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, mlp, sgd, step, wrap
+from models import ALL_METHODS, attach, data, equal_on_all_ranks, flat, label, learner, mlp, sgd, step, watched, wrap
 from thinwire import BlockSparse, Dense
 
 
 def train_and_compare(rank, n, methods, steps):
     outcome = []
     for method in methods:
-        model = mlp()
+        model = learner()
         ddp = wrap(model)
-        optimizer = sgd(ddp)
+        optimizer = sgd(ddp, lr=1.0)
         handle = attach(ddp, method, optimizer)
         batches = data(rank)
         losses = [step(ddp, optimizer, next(batches)) for _ in range(steps)]
@@ -20,12 +20,32 @@ def train_and_compare(rank, n, methods, steps):
     return outcome
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_replicas_are_bitwise_equal_after_200_steps(ranks, n):
-    for of_rank in ranks(n).run(train_and_compare, ALL_METHODS, 200, seconds=1200):
-        for method, (equal, first, last, buckets) in zip(ALL_METHODS, of_rank, strict=True):
+def learns(method):
+    """What is left of the loss, by far: dense averaging leaves 0.46 to 0.53, and the methods as much, but for the
+    heaviest blocks without a memory, which leave 0.75 to 0.86."""
+    return 0.95 if method.memory == "none" and method.selection in ("topk", "nominated") else 0.65
+
+
+# One of each exchange, memory and wire dtype; and permuted, whose blocks depend on n.
+FOUR = [
+    BlockSparse("permuted", block_size=16, dense_below=20),
+    BlockSparse("independent", block_size=16, memory="control_variate", wire_dtype=torch.bfloat16),
+    BlockSparse("topk", density=0.1, block_size=16, momentum=0.9),
+    BlockSparse("nominated", density=0.1, block_size=16, wire_dtype=torch.float16, warmup_steps=2, ramp_steps=4),
+]
+
+
+@pytest.mark.parametrize(
+    ("n", "methods", "steps"),
+    [(3, ALL_METHODS, 40), (2, FOUR, 40), (4, FOUR, 40)]
+    + [pytest.param(n, ALL_METHODS, 200, marks=pytest.mark.full) for n in (2, 3, 4)],
+    ids=lambda value: f"{len(value)}-methods" if isinstance(value, list) else None,
+)
+def test_replicas_are_bitwise_equal(ranks, n, methods, steps):
+    for of_rank in ranks(n).run(train_and_compare, methods, steps, seconds=1200):
+        for method, (equal, first, last, buckets) in zip(methods, of_rank, strict=True):
             assert equal, label(method)
-            assert last < first, f"{label(method)} does not learn: {first} -> {last}"
+            assert last < learns(method) * first, f"{label(method)} does not learn: {first} -> {last}"
             assert buckets >= 5, "too few buckets to show anything"
 
 
@@ -60,10 +80,23 @@ def test_nothing_left_out_is_plain_ddp(ranks, n, method):
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", ALL_METHODS, ids=label)
-def test_one_rank_is_no_hook(ranks, method):
-    ours, plain = (ranks(1).run(gradients, m)[0] for m in (method, None))
-    assert torch.equal(ours, plain)
+def alone(rank, n, method):
+    """The same gradients with and without the method, and what was sent for it."""
+    model = mlp()
+    ddp = wrap(model)
+    handle = attach(ddp, method, sgd(ddp))
+    batches = data(rank)
+    with watched() as found:
+        for _ in range(3):
+            step(ddp, sgd(ddp), next(batches))
+    same = torch.equal(gradients(rank, n, method), gradients(rank, n, None))
+    stats = handle.stats()
+    return same, found.started, stats["bytes_sent"] + stats["bytes_received"], stats["steps"]
+
+
+@pytest.mark.parametrize("method", [Dense(torch.bfloat16), FOUR[2], FOUR[3]], ids=lambda m: type(m).__name__)
+def test_one_rank_is_no_hook_and_sends_nothing(ranks, method):
+    assert ranks(1).run(alone, method) == [(True, 0, 0, 3)]
 
 
 def narrow_wire(rank, n, wire_dtype):

@@ -7,7 +7,7 @@ import pytest
 import staleness
 import thinwire
 import torch
-from models import data, equal_on_all_ranks, flat, mlp, sgd, step, wrap
+from models import data, equal_on_all_ranks, flat, learner, mlp, sgd, step, wrap
 from staleness import StalenessInjector
 from thinwire import BlockSparse
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -129,14 +129,15 @@ def test_delays_are_uniform_and_differ_between_seeds(ranks):
     assert (drawn[0, 1:] == drawn[0, :-1]).float().mean() == pytest.approx(0.2, abs=0.02)
 
 
+LEFT = 0.85  # of the loss; measured: 0.68 to 0.76
 SPARSE = [BlockSparse("nominated", density=0.3, block_size=16, dense_below=20), BlockSparse(block_size=16)]
 
 
-def train(rank, n, runs, steps=60, lr=0.5):
+def train(rank, n, runs, steps=25, lr=0.5):
     """For each run: the parameters at the end, whether they were equal on all ranks, and first and last losses."""
     outcome = []
     for options, method in runs:
-        model = mlp()
+        model = learner()
         ddp = wrap(model, gradient_as_bucket_view=True)
         injector = None
         inner = (None, allreduce_hook) if method is None else (thinwire.HookState(method, model), thinwire.hook)
@@ -153,7 +154,7 @@ def train(rank, n, runs, steps=60, lr=0.5):
                 for name, parameter in model.named_parameters():
                     if name in late:
                         parameter -= lr * late[name]
-        outcome.append((flat(model.parameters()), equal, sum(losses[:10]), sum(losses[-10:])))
+        outcome.append((flat(model.parameters()), equal, sum(losses[:5]), sum(losses[-5:])))
     return outcome
 
 
@@ -162,7 +163,7 @@ def test_replicas_with_common_delays_are_bitwise_equal_and_the_same_in_every_run
     of_seed = [({"max_delay": 3, "seed": seed}, method) for seed in (0, 0, 1)]
     for first, again, other in ranks(3).run(train, of_seed):
         assert first[1] and again[1] and other[1]
-        assert first[3] < first[2], "it does not learn"
+        assert first[3] < LEFT * first[2], "it does not learn"
         assert torch.equal(first[0], again[0])
         assert not torch.equal(first[0], other[0])
 
@@ -179,7 +180,7 @@ def test_delays_of_each_rank_part_replicas_until_all_is_delivered(ranks):
     (mine, equal, first, last), = ranks(2).run(train, [({"max_delay": 3, "common": False}, None)])[0]
     (other, *_), = ranks(2).run(train, [({"max_delay": 3, "common": False}, None)])[1]
     assert not equal
-    assert last < first
+    assert last < LEFT * first
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
 
 
