@@ -278,7 +278,7 @@ def sum_is_n_times_average(method):
     assert gap(average, summed) <= (0.0 if exact else 1e-4 if method.wire_dtype == torch.float32 else 2e-2)
 
 
-@check(*ONE_EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(2,), on_real=(ONE_EACH[0], ONE_EACH[-1]))
 def gradient_predivide_factor(method):
     divided = train(method, 4, gradient_predivide_factor=3.0)[0]
     assert gap(train(method, 4)[0], divided) < 1e-5
@@ -300,7 +300,7 @@ def backward_passes_per_step(method):
     assert gap(model, other) < 1e-4
 
 
-@check(*ONE_EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(2,), on_real=(ONE_EACH[0], ONE_EACH[-1]))
 def groups(method):
     plain = train(method, 4)[0]
     for how in ("number", "lists"):
@@ -311,7 +311,7 @@ def groups(method):
         assert gap(plain, grouped) == 0.0
 
 
-@check(*ONE_EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(2,), on_real=(ONE_EACH[0], ONE_EACH[-1]))
 def two_models(method):
     """Two models and optimizers, whose backward passes are interleaved, train as each does alone."""
     pair = [torch.nn.ModuleDict({name: small(2, seed)}) for seed, name in enumerate("ab")]
@@ -497,7 +497,7 @@ class Heads(torch.nn.Module):
         return sum(self.heads[head](x) for head in used)
 
 
-@check(*EACH, ranks=(2,))
+@check(*EACH, ranks=(2,), on_real=(EACH[0], EACH[-1]))
 @check(*ONE_EACH, ranks=(3,), real=())
 def unused_parameters(method):
     """Some heads unused on all ranks, some on one: no hang, equal replicas, and the unused keep their residual."""

@@ -27,13 +27,14 @@ class Stuck(AssertionError):
 
 
 class World:
-    """n ranks. ``run(function)`` calls it on all of them and returns each one's traceback, empty where it raised none.
+    """n ranks. ``run(function)``, once, calls it on all of them and returns each one's traceback, or "" for none.
 
     sets: the ranks of the process sets that ``hvd.init`` would have been given; ``process_sets`` has them.
     """
 
     def __init__(self, n: int, sets=()):
-        self.n, self.rank = n, 0
+        self.n = n
+        self.rank: int | None = None  # whose turn it is
         self.members = [tuple(range(n)), *map(tuple, sets)]  # of each process set, by its id
         self.process_sets = []
         for number, ranks in enumerate(sets, 1):
@@ -41,7 +42,7 @@ class World:
             self.process_sets[-1].process_set_id = number
         self._turn = threading.Condition()
         self._random = random.Random(n)
-        self._needs: dict[int, object] = {}  # what each rank that has not ended waits for
+        self._needs = dict.fromkeys(range(n), lambda: True)  # what each rank that has not ended waits for
         self._stuck = False
         self._numbers: list[dict] = [{} for _ in range(n)]
         self._operations: dict[tuple, _Operation] = {}
@@ -61,13 +62,10 @@ class World:
                     self._pass_on()
 
         threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(self.n)]
-        self._needs = {rank: lambda: False for rank in range(self.n)}
         with _in_the_place_of_horovods(self):
-            self.rank = None
             for thread in threads:
                 thread.start()
             with self._turn:
-                self._needs = dict.fromkeys(range(self.n), lambda: True)
                 self._pass_on()
             for thread in threads:
                 thread.join()
@@ -109,13 +107,14 @@ class World:
         operation, rank, key = handle
         self._wait(rank, operation.done)
         results = operation.results(rank)
-        if operation.all_taken():
-            # The number stays, so the name can be used again.
+        if operation.all_have_it():
             self._operations.pop(key, None)
         return results
 
 
 class _Operation:
+    """A collective: what each rank gave, and from when the last one has, what comes of it."""
+
     def __init__(self, members, combine):
         self._members, self._combine = members, combine
         self._given, self._results, self._error = {}, None, None
@@ -134,7 +133,7 @@ class _Operation:
     def done(self):
         return len(self._given) == len(self._members)
 
-    def all_taken(self):
+    def all_have_it(self):
         return not self._left
 
     def results(self, rank):
@@ -162,7 +161,7 @@ def _core(world):
     """The functions of Horovod's that reach its core, by name."""
 
     def adding(in_place, grouped, tensors, average=None, name=None, op=None, prescale_factor=1.0,
-               postscale_factor=1.0, process_set=hvd and hvd.global_process_set):  # fmt: skip
+               postscale_factor=1.0, process_set=hvd.global_process_set):  # fmt: skip
         tensors = list(tensors) if grouped else [tensors]
         combine = functools.partial(_added, op=hvd.Average if op is None else op, before=prescale_factor,
                                     after=postscale_factor)  # fmt: skip
@@ -176,14 +175,14 @@ def _core(world):
     def allreduce(tensor, **options):
         return synchronize(adding(False, False, tensor, **options))
 
-    def allgather(tensor, name=None, process_set=hvd and hvd.global_process_set):
+    def allgather(tensor, name=None, process_set=hvd.global_process_set):
         return world.synchronize(world.start("allgather", [tensor], None, name, process_set, torch.cat))[0]
 
-    def broadcast_async_(tensor, root_rank, name=None, process_set=hvd and hvd.global_process_set):
+    def broadcast_async_(tensor, root_rank, name=None, process_set=hvd.global_process_set):
         combine = lambda rows: rows[root_rank]
         return (world.start("broadcast", [tensor], [tensor], name, process_set, combine), False)
 
-    def broadcast_(tensor, root_rank, name=None, process_set=hvd and hvd.global_process_set):
+    def broadcast_(tensor, root_rank, name=None, process_set=hvd.global_process_set):
         return synchronize(broadcast_async_(tensor, root_rank, name, process_set))
 
     return {
@@ -192,7 +191,6 @@ def _core(world):
         "allreduce_async_": functools.partial(adding, True, False),
         "grouped_allreduce_async_": functools.partial(adding, True, True),
         "allgather": allgather, "broadcast_async_": broadcast_async_, "broadcast_": broadcast_,
-        "barrier": lambda: allgather(torch.zeros(1), "barrier"),
     }  # fmt: skip
 
 
