@@ -1,15 +1,19 @@
-"""Checks of the Horovod compressor, run on every rank by ``horovodrun``; tests/test_horovod.py launches this file.
+"""Checks of what there is for Horovod, each called on every rank: in test_horovod_simulated.py on ranks that take
+turns in one process, in test_horovod.py on those that ``horovodrun`` starts with this file.
 
 usage: python horovod_checks.py DIRECTORY [NAME ...]     each rank writes DIRECTORY/RANK.jsonl, a line a check
 """
+import contextlib
 import io
 import json
+import logging
 import os
 import random
 import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -24,7 +28,22 @@ try:
 except ImportError:
     hvd = None
 
-CHECKS = {}  # name: (function, numbers of ranks)
+PAIR = None  # of three ranks, the process set of two
+SIMULATED = False
+
+
+@dataclass
+class Check:
+    """A function to call on each rank. ranks: how many there may be. real: with how many ``make test`` has real Horovod
+    run it, and not ``make test-full`` alone. simulated: whether ranks in one process do."""
+
+    function: object
+    ranks: tuple = ()
+    real: tuple = ()
+    simulated: bool = True
+
+
+CHECKS: dict[str, Check] = {}
 
 MEMORIES = {
     "independent": ("none", "error_feedback", "control_variate"),
@@ -70,15 +89,23 @@ def label(method):
     return "-".join([models.label(method), *options])
 
 
-def check(*methods, ranks=(2, 3)):
-    """Make a function a check, or one check for each of the methods that it is to be given."""
+def check(*methods, ranks=(2, 3), real=None, on_real=None, simulated=True):
+    """Make a function a check, or one check for each of the methods that it is to be given.
+
+    real: with how many ranks it is one for real Horovod in ``make test`` too; the fewest, unless given. on_real: the
+    methods of which that holds; the last, unless given.
+    """
+    real = ranks[:1] if real is None else real
+    on_real = methods[-1:] if on_real is None else on_real
 
     def register(function):
         if not methods:
-            CHECKS[function.__name__] = (function, ranks)
+            CHECKS[function.__name__] = Check(function, ranks, real, simulated)
         for one in methods:
-            name = f"{function.__name__}-{label(one)}"
-            CHECKS[name] = (lambda one=one: function(one), (*CHECKS.get(name, (None, ()))[1], *ranks))
+            found = CHECKS.setdefault(f"{function.__name__}-{label(one)}", Check(lambda one=one: function(one)))
+            found.ranks += ranks
+            found.real += real if one in on_real else ()
+            found.simulated = simulated
         return function
 
     return register
@@ -157,6 +184,26 @@ def residuals(compressor, model):
     return {n: held.get(n, torch.zeros(p.numel())).view(p.shape) for n, p in model.named_parameters()}
 
 
+@contextlib.contextmanager
+def logged():
+    """What thinwire logs on this rank."""
+    messages, handler = [], logging.Handler()
+    handler.addFilter(lambda record: record.thread == here)
+    handler.emit, here = lambda record: messages.append(record.getMessage()), threading.get_ident()
+    logging.getLogger("thinwire").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("thinwire").removeHandler(handler)
+
+
+def lag(jitter):
+    """Come later than other ranks, or earlier. Simulated ranks go on in an order that is drawn anyway."""
+    longest = jitter.choice([0.0, 0.0, 0.001, 0.01])
+    if not SIMULATED:
+        time.sleep(longest)
+
+
 def raised(kind, function, *mentions):
     """The function raises this kind of error, which mentions these things, on this rank; returns the message."""
     try:
@@ -175,16 +222,17 @@ def close(one, other, tolerance=1e-5):
 # ---- training ----
 
 
-@check(*EACH, *EACH_HALF, method("nominated", "error_feedback", momentum=0.9, warmup_steps=2, ramp_steps=4, seed=3))
+@check(*EACH, real=(2, 3), on_real=(EACH[0], EACH[-1]))
+@check(*EACH_HALF, on_real=(EACH_HALF[1],))
+@check(method("nominated", "error_feedback", momentum=0.9, warmup_steps=2, ramp_steps=4, seed=3))
 def replicas(method):
     """The same bits on all ranks, and the loss on other data falls."""
-    steps = 16 if hvd.size() == 2 and method.wire_dtype == torch.float32 else 6
-    model, compressor = train(method, steps, lr=0.3)
+    model, compressor = train(method, 40, lr=0.3)
     assert same_everywhere(model)
     other = data(seed=1)
     x, y = (torch.cat(tensors) for tensors in zip(*(next(other) for _ in range(50)), strict=True))
-    assert loss_of(model, (x, y)) < 0.995 * loss_of(small(), (x, y))
-    assert compressor.stats()["steps"] == steps
+    assert loss_of(model, (x, y)) < 0.9 * loss_of(small(), (x, y))
+    assert compressor.stats()["steps"] == 40
 
 
 @check()
@@ -230,7 +278,7 @@ def sum_is_n_times_average(method):
     assert gap(average, summed) <= (0.0 if exact else 1e-4 if method.wire_dtype == torch.float32 else 2e-2)
 
 
-@check(*ONE_EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(2,), on_real=(ONE_EACH[0], ONE_EACH[-1]))
 def gradient_predivide_factor(method):
     divided = train(method, 4, gradient_predivide_factor=3.0)[0]
     assert gap(train(method, 4)[0], divided) < 1e-5
@@ -252,7 +300,7 @@ def backward_passes_per_step(method):
     assert gap(model, other) < 1e-4
 
 
-@check(*ONE_EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(2,), on_real=(ONE_EACH[0], ONE_EACH[-1]))
 def groups(method):
     plain = train(method, 4)[0]
     for how in ("number", "lists"):
@@ -263,7 +311,7 @@ def groups(method):
         assert gap(plain, grouped) == 0.0
 
 
-@check(*ONE_EACH, ranks=(2,))
+@check(*ONE_EACH, ranks=(2,), on_real=(ONE_EACH[0], ONE_EACH[-1]))
 def two_models(method):
     """Two models and optimizers, whose backward passes are interleaved, train as each does alone."""
     pair = [torch.nn.ModuleDict({name: small(2, seed)}) for seed, name in enumerate("ab")]
@@ -449,8 +497,8 @@ class Heads(torch.nn.Module):
         return sum(self.heads[head](x) for head in used)
 
 
-@check(*EACH, ranks=(2,))
-@check(*ONE_EACH, ranks=(3,))
+@check(*EACH, ranks=(2,), on_real=(EACH[0], EACH[-1]))
+@check(*ONE_EACH, ranks=(3,), real=())
 def unused_parameters(method):
     """Some heads unused on all ranks, some on one: no hang, equal replicas, and the unused keep their residual."""
     model, rank = Heads(), hvd.rank()
@@ -686,7 +734,7 @@ def large_values_in_float16(method):
     """1e6 is beyond float16: it is cut off with a warning, or waits in the residual until it has been sent."""
     n, model = hvd.size(), Slope()
     optimizer, compressor = setup(model, method, lr=0.0)
-    with models.logged() as warnings:
+    with logged() as warnings:
         for step in range(2):
             optimizer.zero_grad()
             model(torch.full((100,), 1e6 if step == 0 else 1.0)).backward()
@@ -808,7 +856,7 @@ def gradients_of_others():
     del optimizer
 
 
-@check(ranks=(2,))
+@check(ranks=(2,), simulated=False)
 def sparse_gradients():
     for as_dense in (False, True):
         model = torch.nn.Embedding(10, 20, sparse=True)
@@ -869,7 +917,7 @@ OTHERS = [Elastic(method("permuted", "none"), 0.5), Elastic(method("shared", "co
 def step_of(model, optimizer, batch, jitter=None):
     """One step of training, some ranks slower than others."""
     if jitter is not None:
-        time.sleep(jitter.choice([0.0, 0.0, 0.001, 0.01]))
+        lag(jitter)
     optimizer.zero_grad()
     loss_of(model, batch).backward()
     optimizer.step()
@@ -987,7 +1035,7 @@ def elastic_conserves(method):
                 lr = 0.0
             optimizer.param_groups[0]["lr"] = lr / (n if op == hvd.Sum else 1)
             optimizer.zero_grad()
-            time.sleep(jitter.choice([0.0, 0.0, 0.001, 0.01]))
+            lag(jitter)
             for batch in (next(batches) for _ in range(passes)):
                 expected -= lr * everyone(models.flat(models.local_gradient(model, batch))).mean(0)
                 loss_of(model, batch).backward()
@@ -1263,7 +1311,7 @@ def step_shuffled(model, optimizer, batch):
 
 
 @check(*(DivideAndShuffle(group_size=2, schedule=s, overlap=o) for s, o in (("ring", "none"), ("random", "bucket"))),
-       ranks=(2, 3))  # fmt: skip
+       real=(3,), simulated=False)  # fmt: skip
 def shuffled_rounds(method):
     """Against local steps and averages written out."""
     model, optimizer, averager = shuffled(method)
@@ -1286,7 +1334,7 @@ def shuffled_rounds(method):
     assert abs(distance - float((rows - rows.mean(0)).square().sum(1).mean())) < 1e-6 * max(distance, 1e-3)
 
 
-@check(ranks=(3,))
+@check(ranks=(3,), simulated=False)
 def shuffled_averages():
     """What is evaluated is the same everywhere and leaves no trace; finalize makes replicas equal, Adam's state too."""
     model = torch.nn.Sequential(small(2), torch.nn.BatchNorm1d(WIDTH))
@@ -1308,7 +1356,7 @@ def shuffled_averages():
     assert averager.state_dict()["round"] == 4
 
 
-@check(ranks=(2, 3))
+@check(ranks=(2, 3), simulated=False)
 def shuffled_refusals():
     model = small(2)
     wrapped = hvd.DistributedOptimizer(models.sgd(model), model.named_parameters())
@@ -1318,7 +1366,7 @@ def shuffled_refusals():
     raised(ValueError, lambda: shuffled(DivideAndShuffle(group_size=4)), "there are only")
 
 
-@check(ranks=(2,))
+@check(ranks=(2,), simulated=False)
 def shuffled_skips():
     """A GradScaler's skipped step on one rank."""
     model = small(2)
@@ -1339,12 +1387,11 @@ def main(directory, names):
     rank = hvd.rank()
     with open(Path(directory) / f"{rank}.jsonl", "w") as file:
         for name in names or CHECKS:
-            function, ranks = CHECKS[name]
-            if hvd.size() not in ranks:
+            if hvd.size() not in CHECKS[name].ranks:
                 continue
             line, begin = {"check": name, "error": ""}, time.monotonic()
             try:
-                function()
+                CHECKS[name].function()
             except Exception:
                 line["error"] = traceback.format_exc()
             line["seconds"] = round(time.monotonic() - begin, 3)

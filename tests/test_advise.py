@@ -1,10 +1,10 @@
 """thinwire.advise: it leaves no trace, all ranks get the same, what it rehearses is what is sent; the command line."""
 import copy
 import io
+import multiprocessing
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -28,6 +28,7 @@ from thinwire.advice.saves import Saves
 from thinwire.core.exchange import gather_objects
 from torch import nn
 
+forkserver = multiprocessing.get_context("forkserver")  # which ranks.py has import torch
 METHODS = ["fp16", "powersgd-1", BlockSparse("nominated", density=0.1), DivideAndShuffle(2)]
 OPTIONS = [{}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}]
 
@@ -549,28 +550,57 @@ SCRIPT = """
 """
 
 
-def command(folder, *arguments, ranks):
-    """Exit status and output of the command line on the script above."""
+def write_script(folder):
     (folder / "job").mkdir()
     (folder / "job" / "helper.py").write_text("width = 40\n")
     (folder / "job" / "train.py").write_text(textwrap.dedent(SCRIPT))
+
+
+def torchrun(folder, *arguments, ranks):
+    """Exit status and output of the command line on the script above."""
+    write_script(folder)
     package = os.path.dirname(os.path.dirname(thinwire.__file__))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package, "GLOO_SOCKET_IFNAME": "lo"}
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run([*start, "-m", "thinwire", "advise", *arguments], cwd=folder, env=env, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
     assert "RuntimeWarning" not in ended.stdout, ended.stdout
     return ended.returncode, ended.stdout
 
 
+def command(folder, *arguments, ranks):
+    """The same without torchrun, in processes that have imported torch already."""
+    write_script(folder)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(ranks):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+               "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+        one = forkserver.Process(target=run_main, args=(folder, env, ["advise", *arguments]), daemon=True)
+        one.start()
+        processes.append(one)
+    for one in processes:
+        one.join(120)
+        one.kill()
+        one.join()
+    return max(abs(one.exitcode) for one in processes), (folder / "output").read_text()
+
+
+def run_main(folder, env, arguments):
+    """What python -m thinwire does in a process of its own."""
+    from thinwire.__main__ import main
+
+    os.chdir(folder)
+    os.environ.update(env)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    sys.exit(main(arguments))
+
+
 def test_the_command_line_advises_and_leaves_the_script(tmp_path):
-    status, output = command(tmp_path, "--steps", "3", "job/train.py", "1000", "--batch", ranks=2)
+    status, output = torchrun(tmp_path, "--steps", "3", "job/train.py", "1000", "--batch", ranks=2)
     assert status == 0, output
     assert output.count("plain DDP  ") == 1 and "BlockSparse('nominated', density=0.01)" in output
     assert "on 2 ranks" in output and "THE SCRIPT WENT ON" not in output

@@ -1,4 +1,7 @@
-"""The Horovod compressor on real Horovod: one ``horovodrun`` a number of ranks, and its checks one by one."""
+"""What there is for Horovod on real Horovod: one ``horovodrun`` a number of ranks, and its checks one by one.
+
+One check of each kind here, and all of them with ``make test-full``; test_horovod_simulated.py has every combination.
+"""
 import json
 import os
 import subprocess
@@ -77,8 +80,10 @@ def _stop(process):
     process.wait()
 
 
-def _names(n):
-    return [name for name, (_, ranks) in horovod_checks.CHECKS.items() if n in ranks]
+CASES = [
+    pytest.param(n, name, marks=() if n in check.real else pytest.mark.full)
+    for n in (2, 3) for name, check in horovod_checks.CHECKS.items() if n in check.ranks
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def launch(request, tmp_path_factory):
 
 
 @pytest.mark.timeout(SECONDS + 60)
-@pytest.mark.parametrize(("n", "check"), [(n, check) for n in (2, 3) for check in _names(n)])
+@pytest.mark.parametrize(("n", "check"), CASES)
 def test_on_ranks(launch, n, check):
     launch(n).verdict(check)
 

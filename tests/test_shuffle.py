@@ -114,12 +114,12 @@ def overlapped(rank, n, optimizer):
             model, ddp, opt, _ = start(DivideAndShuffle(overlap=overlap, schedule="ring"), optimizer, with_batchnorm)
             scheduler = torch.optim.lr_scheduler.StepLR(opt, 3, 0.5)  # wraps the optimizer's step
             batches = data(rank)
-            for _ in range(8):
+            for _ in range(40):
                 step(ddp, opt, next(batches))
                 scheduler.step()
             results.append(state_of(model, opt))
     whole = sum(map(len, (group["params"] for group in opt.param_groups))) == len(list(model.parameters()))
-    return torch.equal(*results) and len(made) == 8 and whole
+    return torch.equal(*results) and len(made) == 40 and whole
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
