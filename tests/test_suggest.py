@@ -3,7 +3,7 @@
 import pytest
 import thinwire
 import torch
-from models import logged, mlp, wrap
+from models import data, logged, mlp, sgd, step, wrap
 from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
 
 NOMINATED = BlockSparse("nominated", density=0.04)
@@ -12,11 +12,23 @@ OPTIMIZERS = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.0005),
     "AdamW without beta1": lambda p: torch.optim.AdamW(p, lr=0.0005, betas=(0.0, 0.95)),
+    "SGD, damped": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, dampening=0.9),
+    "SGD, nesterov": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, nesterov=True),
+    "SGD, one group with momentum": lambda p: torch.optim.SGD(
+        [{"params": p[:1]}, {"params": p[1:], "momentum": 0.9}], lr=0.03
+    ),
+    "AdamW, warming up": lambda p: warming_up(torch.optim.AdamW(p, lr=0.0005)),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
 }
 
 
+def warming_up(optimizer):
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))
+    return optimizer
+
+
 def optimizer(name):
-    return OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(3))])
+    return OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)])
 
 
 @pytest.mark.parametrize(("method", "under", "lr", "own", "says"), [
@@ -31,6 +43,12 @@ def optimizer(name):
     (BlockSparse("topk"), "AdamW", 0.001, 0.0, "about 4 steps"),
     (BlockSparse("topk", density="auto", max_inconsistency=1.0, min_density=0.04), "AdamW", 0.002, 0.0, "25 steps"),
     (BlockSparse(), "SGD with momentum", 0.03, 0.9, "unbiased"),
+    (BlockSparse("nominated", density=0.04, warmup_steps=9), "AdamW", 0.002, 0.0, "the rate must be plain DDP's"),
+    (BlockSparse("topk", density=0.04, momentum=0.9), "AdamW without beta1", 0.002, 0.0, "about 25 steps"),
+    (NOMINATED, "SGD, damped", 0.03, 0.0, "adds up to"),
+    (NOMINATED, "SGD, one group with momentum", 0.0949, 0.0, "0.1 times as far"),
+    (NOMINATED, "AdamW, warming up", 0.002, 0.0, "about 25 steps"),
+    (NOMINATED, "RMSprop", 0.01, 0.9, "not known"),
     (Dense(), "AdamW", 0.0005, 0.9, "as plain DDP does"),
     (DivideAndShuffle(), "SGD with momentum", 0.03, 0.9, "mean of the replicas"),
     (Elastic(NOMINATED), "AdamW", 0.002, 0.0, "about 25 steps"),
@@ -39,7 +57,8 @@ def test_where_a_search_begins(method, under, lr, own, says):
     found = thinwire.suggest(method, optimizer(under), world_size=4)
     assert found.lr == pytest.approx(lr, rel=1e-3)
     assert (found.momentum if found.beta1 is None else found.beta1) == own
-    assert found.lr == pytest.approx(found.factor * optimizer(under).param_groups[0]["lr"])
+    group = optimizer(under).param_groups[0]
+    assert found.lr == pytest.approx(found.factor * group.get("initial_lr", group["lr"]))
     assert says in str(found) and f"lr={lr:.3g}" in str(found)
 
 
@@ -55,15 +74,17 @@ def test_what_cannot_be_suggested_is_refused():
 def warned(rank, n, method, under):
     model = mlp(layers=2)
     with logged() as said:
-        handle = thinwire.attach(wrap(model), method, optimizer=OPTIMIZERS[under](model.parameters()))
+        handle = thinwire.attach(wrap(model), method, optimizer=OPTIMIZERS[under](list(model.parameters())))
     handle.close()
     return said
 
 
 @pytest.mark.parametrize(("method", "under", "says"), [
-    (NOMINATED, "AdamW", ("AdamW's beta1 of 0.9", "about 25 steps", "at 0.002", "thinwire.suggest")),
+    (NOMINATED, "AdamW", ("AdamW's beta1 of 0.9", "about 25 steps", "DDP's, 0.002", "thinwire.suggest")),
     (Elastic(NOMINATED), "AdamW", ("AdamW's beta1 of 0.9",)),
-    (NOMINATED, "SGD with momentum", ("SGD's momentum of 0.9", "at 0.0949", "BlockSparse(..., momentum=0.9)")),
+    (NOMINATED, "AdamW, warming up", ("4 times plain DDP's, 0.002",)),
+    (NOMINATED, "SGD, nesterov", ("to 0 (and nesterov to False)",)),
+    (NOMINATED, "SGD with momentum", ("SGD's momentum of 0.9", "3.2 times plain DDP's, 0.0949", "momentum=0.9) with")),
     (BlockSparse("independent", memory="error_feedback"), "AdamW", ("about 2 steps",)),
     (BlockSparse("topk"), "SGD", ("'topk'", "1 / world_size = 0.5", "density=0.04 (a share: 4 %)")),
     (BlockSparse("nominated"), "SGD", ("'nominated'", "default density")),
@@ -86,6 +107,20 @@ def test_what_is_right_is_not_warned_of(ranks, method, under):
 def test_groups_that_differ_are_not_warned_of_and_one_rank_never_is(ranks):
     assert ranks(4).run(warned, DivideAndShuffle(group_size=2), "SGD") == [[]] * 4
     assert ranks(1).run(warned, BlockSparse("topk"), "AdamW") == [[]]
+
+
+def by_hand(rank, n):
+    model = mlp(layers=2)
+    ddp = wrap(model)
+    ddp.register_comm_hook(thinwire.HookState(BlockSparse("topk"), model), thinwire.hook)
+    with logged() as said:
+        step(ddp, sgd(model), next(data(rank)))
+        thinwire.DivideAndShuffleAverager(DivideAndShuffle(group_size=2))
+    return ["default density" in said[0], "plain average" in said[1], len(said)]
+
+
+def test_it_is_said_too_where_a_hook_is_registered_by_hand_and_by_the_averager(ranks):
+    assert ranks(2).run(by_hand) == [[True, True, 2]] * 2
 
 
 def test_a_density_in_per_cent_is_told_that_it_is_a_share():

@@ -17,7 +17,7 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name in ("hogwild", "horovod"):  # imported when asked for: thinwire.horovod imports Horovod
+    if name in ("hogwild", "horovod"):  # when asked for: few use the one, and the other imports Horovod
         import importlib
 
         return importlib.import_module(f"thinwire.{name}")

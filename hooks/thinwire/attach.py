@@ -35,6 +35,7 @@ def attach(ddp: torch.nn.Module, method: Method, *, optimizer: torch.optim.Optim
     Raises TypeError or ValueError for a model, method or optimizer that cannot work, before anything is changed.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     kinds = (_RUN_BY[kind] for kind in type(method).__mro__ if kind in _RUN_BY)
     run_by = next(kinds, attach_hook)  # which refuses what is no method
     return run_by(ddp, method, optimizer, grad_scaler=grad_scaler, consistency_every=consistency_every, log=log)

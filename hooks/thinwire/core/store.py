@@ -36,6 +36,11 @@ class FlatStore:
         for view in self._views.values():
             view.mul_(factor)
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._flats.clear()
+        self._views.clear()
+
     def views(self) -> dict[str, torch.Tensor]:
         """Each parameter's state itself, 1-D."""
         return dict(self._views)

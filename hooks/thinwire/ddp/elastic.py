@@ -19,7 +19,7 @@ from thinwire.core.courier import Courier
 from thinwire.core.exchange import gather_objects
 from thinwire.core.stats import Stats
 from thinwire.ddp.hook import HookState
-from thinwire.ddp.mount import mount
+from thinwire.ddp.mount import mount, restore_copied
 from thinwire.elastic.late_steps import LateSteps, check_optimizer
 from thinwire.elastic.scheduling import Agreed, Arrival, Bucket, Lane
 from thinwire.methods import Elastic
@@ -36,7 +36,6 @@ def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState"
     """See ``thinwire.attach``. A collective: what is wrong on one rank is raised on all."""
     if not isinstance(ddp, DistributedDataParallel):
         check_model(ddp)  # there is no process group to tell the others
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     state = None
 
     def check():
@@ -47,9 +46,10 @@ def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState"
         return method.describe()
 
     agree.check_together(lambda thing: gather_objects(thing, ddp.process_group), check)
+    caution(method.method, optimizer, ddp.process_group.size())
+    restore_copied(ddp)
     state.bind(ddp)
     mount(ddp, state)
-    caution(method.method, optimizer, ddp.process_group.size())
     return state
 
 

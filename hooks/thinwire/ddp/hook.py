@@ -9,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
-from thinwire.ddp.mount import Mounted, completed, mount
+from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
 from thinwire.methods import Method
 from thinwire.state.cautions import caution
-from thinwire.state.checks import check_model, check_momentum
+from thinwire.state.checks import check_model, check_module, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
 from thinwire.state.names import parameter_names
 
@@ -23,20 +23,22 @@ def attach_hook(ddp, method: Method, optimizer, **options) -> "HookState":
     """See ``thinwire.attach``."""
     state = HookState(method, getattr(ddp, "module", None), **options)
     check_model(ddp)
+    check_optimizer_type(optimizer)
     check_momentum(method, optimizer)
+    caution(method, optimizer, ddp.process_group.size())
+    restore_copied(ddp)
     state.bind(ddp)
     mount(ddp, state)
-    caution(method, optimizer, ddp.process_group.size())
     return state
 
 
-class HookState(Mounted, GradientHandle):
+class HookState(Occupant, GradientHandle):
     """A method at work on one DDP model: the state of the hook, and the handle that ``attach`` returns.
 
     To register it by hand: ``ddp.register_comm_hook(thinwire.HookState(method, model), thinwire.hook)``, for loops
     that make the DistributedDataParallel themselves and take a hook and its state. module: what it wraps, whose
     parameters' names the state is kept by. process_group: the one that it was given, the default one if none. Then
-    nothing checks the model or the optimizer: with ``momentum`` see to it yourself that the optimizer's is 0.
+    nothing checks the optimizer: with error feedback see to it yourself that its momentum is 0.
     """
 
     def __init__(self, method: Method, module: torch.nn.Module, *, process_group: dist.ProcessGroup | None = None,
@@ -47,6 +49,7 @@ class HookState(Mounted, GradientHandle):
             raise TypeError("HookState got a DistributedDataParallel as its module: pass the model that it wraps, "
                             "ddp.module, or call thinwire.attach(ddp, method)")  # fmt: skip
         self.module = module
+        self.seat = Seat(self)
         self._group = process_group
         self._ignored = tuple(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP looks
         self._names: dict[torch.Tensor, str] | None = None
@@ -57,7 +60,7 @@ class HookState(Mounted, GradientHandle):
 
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take the process group from the model."""
-        self._group = ddp.process_group
+        self._group, self._ignored = ddp.process_group, tuple(ddp.parameters_to_ignore)
         self._open()
 
     def _open(self) -> None:
@@ -72,8 +75,10 @@ class HookState(Mounted, GradientHandle):
                          "either: momentum=%g acts from two ranks on", self._block_sparse.momentum)  # fmt: skip
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if self._names is None:
+        if self._names is None:  # it was registered by hand
+            check_module(self.module, self._ignored)
             self._open()
+            caution(self.method, None, self._group.size())
         self._agree(self._gather_objects)
         if bucket.index() == 0:
             self._channel.forget()
@@ -87,13 +92,19 @@ class HookState(Mounted, GradientHandle):
             return completed(bucket.buffer())
         return self._exchange(bucket, step)
 
+    def close(self) -> None:
+        """As of any method."""
+        if not self.closed:
+            super().close()
+            self.seat.leave()
+
     def _exchange(self, bucket, step):
         return self._channel.average(bucket.buffer(), *self._parameters_of(bucket), step, self._density_at(step))
 
     def _parameters_of(self, bucket):
         """Names and numels, in order."""
         parameters = bucket.parameters()
-        if parameters[0] not in self._names:
+        if any(p not in self._names for p in parameters):
             raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each model, "
                                "with the module that it wraps")  # fmt: skip
         return tuple(self._names[p] for p in parameters), tuple(p.numel() for p in parameters)

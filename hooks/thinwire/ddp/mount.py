@@ -1,5 +1,5 @@
 # No "from __future__ import annotations" here: DDP inspects the hook's annotations and refuses strings.
-"""DDP takes one hook, once, and keeps it for good. What stands behind that hook can end, and another can follow."""
+"""DDP takes one hook, once, and keeps its state for good: a seat, which one can leave and another take."""
 
 import logging
 
@@ -15,14 +15,18 @@ def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.T
     return state.take(bucket)
 
 
-class Mounted:
-    """What DDP has as the state of its hook. One verb, ``reduce``: the future of what DDP is to take for a bucket.
+class Occupant:
+    """What averages the buckets of one DDP model. One verb, ``reduce``: the future of what DDP is to take for one.
 
-    Once it is closed, DDP's buckets are averaged whole, as without a hook, until something else follows in its place.
+    seat: its place behind the model's hook. gone: it can do nothing any more and holds the seat for nobody.
     """
 
-    closed = False
-    _follower: "Mounted | None" = None
+    seat: "Seat"
+    is_copy = False
+
+    @property
+    def gone(self) -> bool:
+        return False
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         raise NotImplementedError
@@ -32,52 +36,87 @@ class Mounted:
         """DDP's process group."""
         raise NotImplementedError
 
-    @property
-    def vacant(self) -> bool:
-        """Whether nothing is at work behind the hook, so that something may follow."""
-        return self.closed if self._follower is None else self._follower.vacant
+    # ---- what DDP calls, and asks, of a state that was registered by hand ----
 
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """``reduce``, by what is at work now."""
-        if self._follower is not None:
-            return self._follower.take(bucket)
-        return _averaged_whole(bucket, self.group) if self.closed else self.reduce(bucket)
+        return self.seat.take(bucket)
+
+    @property
+    def vacant(self) -> bool:
+        return self.seat.vacant
 
     def __reduce__(self):
-        return Copied, ()
+        return self.seat.__reduce__()
 
 
-class Copied(Mounted):
-    """What is copied or unpickled of any of them: nothing, for PyTorch copies hooks and never calls the copies."""
+class Seat:
+    """The state of a model's hook. Where nobody has the seat, buckets are averaged whole, as without a hook."""
+
+    is_copy = False
+
+    def __init__(self, occupant: Occupant):
+        self.occupant: Occupant | None = occupant
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def vacant(self) -> bool:
+        """Whether another may take it."""
+        return self.occupant is None or self.occupant.gone
+
+    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """The body of the hook."""
+        if self.occupant is not None:
+            return self.occupant.reduce(bucket)
+        group = dist.group.WORLD if self._group is None else self._group
+        flat = bucket.buffer().mul_(1 / group.size())  # not div_: DDP multiplies, which gives other bits
+        return dist.all_reduce(flat, group=group, async_op=True).get_future().then(lambda future: _done(future, flat))
+
+    def leave(self) -> None:
+        """The occupant has ended."""
+        if self.occupant is not None:
+            self._group, self.occupant = self.occupant.group, None
+
+    def __reduce__(self):
+        return Copied, (getattr(self.occupant, "broadcast_buffers", None),)
+
+
+class Copied:
+    """What is copied or unpickled of any of them: nothing, for PyTorch copies hooks and never calls the copies.
+
+    broadcast_buffers: what the model's was before the method turned it off, None where none did.
+    """
 
     is_copy = True
 
-    def __init__(self):
+    def __init__(self, broadcast_buffers: bool | None = None):
+        self.broadcast_buffers = broadcast_buffers
         _log.warning("thinwire: a DistributedDataParallel with a hook was copied or unpickled. PyTorch never calls the "
                      "hook of the copy, so if you train it, it averages whole gradients: call thinwire.attach on it, "
                      "which starts without memory.")  # fmt: skip
 
 
-def mount(ddp: DistributedDataParallel, state: Mounted) -> None:
-    """Put a state behind the model's hook: check_model has seen that there is none, or one that was closed."""
-    for _, first in ddp._comm_hooks:
-        if isinstance(first, Mounted) and first.vacant:
-            first._follower = state
+def mount(ddp: DistributedDataParallel, occupant: Occupant) -> None:
+    """Give it the seat behind the model's hook: check_model has seen that there is none, or a vacant one."""
+    for _, state in ddp._comm_hooks:
+        seat = getattr(state, "seat", state)
+        if isinstance(seat, Seat) and seat.vacant:
+            seat.occupant, occupant.seat = occupant, seat
             return
-    ddp.register_comm_hook(state, hook)
+    ddp.register_comm_hook(occupant.seat, hook)
+
+
+def restore_copied(ddp: DistributedDataParallel) -> None:
+    """Undo what a method that was copied with the model had changed of it."""
+    for _, state in ddp._comm_hooks:
+        if isinstance(state, Copied) and state.broadcast_buffers is not None:
+            ddp.broadcast_buffers, state.broadcast_buffers = state.broadcast_buffers, None
 
 
 def completed(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
     """A future that is done."""
-    future = torch.futures.Future()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(value)
     return future
-
-
-def _averaged_whole(bucket, group):
-    """What DDP does without a hook."""
-    flat = bucket.buffer().div_(group.size())
-    return dist.all_reduce(flat, group=group, async_op=True).get_future().then(lambda future: _done(future, flat))
 
 
 def _done(future, flat):

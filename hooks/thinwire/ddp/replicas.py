@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.consistency.measure import check_log
 from thinwire.core.exchange import gather_objects
-from thinwire.ddp.mount import Mounted, completed, mount
+from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
 from thinwire.methods import DivideAndShuffle
 from thinwire.replicas.agreement import agreed_partitions, check_optimizer
 from thinwire.replicas.groups import Groups
@@ -25,7 +25,6 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, *, grad_scaler=Non
     """See ``thinwire.attach``. A collective: what is wrong on one rank is raised on all."""
     if not isinstance(ddp, DistributedDataParallel):
         check_model(ddp)  # there is no process group to tell the others
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     parameters = [(name, p) for p, name in parameter_names(ddp.module, ddp.parameters_to_ignore).items()]
 
     def check():
@@ -37,6 +36,7 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, *, grad_scaler=Non
         method, optimizer, lambda thing: gather_objects(thing, ddp.process_group),
         parameters + float_buffers(ddp.module, ddp.parameters_to_ignore), check, consistency_every,
     )  # fmt: skip
+    restore_copied(ddp)
     groups = Groups(partitions, ddp.process_group)
     if ddp.find_unused_parameters:
         _log.warning("thinwire: with find_unused_parameters=True DDP itself waits for all ranks in every backward "
@@ -54,43 +54,61 @@ class DDPReplicas(Replicas):
         super().__init__(ddp.module, optimizer, method, groups, partitions, grad_scaler, ddp.parameters_to_ignore,
                          consistency_every, log)  # fmt: skip
         self.local = LocalGradients(ddp, self)
-        self._ddp, self._broadcast = weakref.ref(ddp), ddp.broadcast_buffers
+        self._ddp = weakref.ref(ddp)
         if ddp.broadcast_buffers:
             # DDP would put rank 0's buffers over those that the groups averaged, before every forward pass.
             ddp.broadcast_buffers = False
             _log.info("thinwire: DDP's broadcast_buffers is turned off: buffers are averaged in the groups")
 
     def close(self) -> None:
+        """As of any method, after a step: RuntimeError, with nothing changed, between a backward pass and its step, for
+        the gradients are then this rank's own."""
         if self.closed:
             return
-        super().close()
-        self.local.closed = True
-        if (ddp := self._ddp()) is not None:
-            ddp.broadcast_buffers = self._broadcast
+        if self._gradients_wait and any(p.grad is not None for _, p in self._parameters()):
+            raise RuntimeError("close() between backward() and optimizer.step(): the gradients are this rank's own, so "
+                               "that step would let the replicas differ for good: close after the step")  # fmt: skip
+        try:
+            super().close()
+        finally:
+            if self.closed:
+                self.local.seat.leave()
+                if (ddp := self._ddp()) is not None:
+                    ddp.broadcast_buffers = self.local.broadcast_buffers
 
 
-class LocalGradients(Mounted):
+class LocalGradients(Occupant):
     """Every rank steps on its own gradients.
 
     It holds the model weakly: DDP's C++ part holds the state, and no collector sees that cycle.
     """
 
     def __init__(self, ddp: DistributedDataParallel, replicas: DDPReplicas):
+        self.seat = Seat(self)
+        self.broadcast_buffers = ddp.broadcast_buffers  # as it was
+        self._group = ddp.process_group
         self._ddp, self._replicas = weakref.ref(ddp), weakref.ref(replicas)
 
     @property
+    def gone(self) -> bool:
+        return self._replicas() is None
+
+    @property
     def group(self) -> dist.ProcessGroup:
-        return self._ddp().process_group
+        return self._group
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if self._replicas() is None:
+        replicas = self._replicas()
+        if replicas is None:
             raise RuntimeError(
                 "this model's DivideAndShuffle is gone, because nothing holds its handle or its optimizer any more, so "
-                "nothing would average its replicas: keep the handle, and call its close() to train on without it"
+                "nothing would average its replicas: keep the optimizer that was given to thinwire.attach, or attach "
+                "again with the new one, and call the handle's close() to train on without it"
             )
         if self._ddp()._join_config.enable:
             raise RuntimeError(
                 "DivideAndShuffle does not work inside join(): a rank that has run out of data makes no steps, and the "
                 "others of its group would wait for it. Give all ranks the same number of batches"
             )
+        replicas.note_gradients()
         return completed(bucket.buffer())

@@ -220,7 +220,7 @@ class GradientCompressor(GradientHandle):
     def _gather_objects(self, thing):  # hvd.allgather_object knows no process sets
         text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8)
         lengths = hvd.allgather(torch.tensor([len(text)]), name="thinwire.lengths", process_set=self._set)
-        texts = hvd.allgather(text, name="thinwire.state.agree", process_set=self._set)
+        texts = hvd.allgather(text, name="thinwire.agree", process_set=self._set)
         return [json.loads(bytes(one.tolist())) for one in texts.split(lengths.tolist())]
 
     def _check_process_set(self):

@@ -1,6 +1,7 @@
 """Divide-and-Shuffle's way in for Horovod: groups are process sets, and gradients are not exchanged at all."""
 
 import itertools
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from thinwire.replicas.handle import Replicas
 from thinwire.state.checks import check_gradient
 from thinwire.state.names import float_buffers, parameter_names
 
+_log = logging.getLogger("thinwire")
 _sets: dict[Group, "hvd.ProcessSet"] = {}  # Horovod allows one process set of the same ranks
 _numbers = itertools.count()  # of averagers, which are made in the same order on every rank
 
@@ -51,6 +53,15 @@ class DivideAndShuffleAverager(Replicas):
         _sets.update({tuple(sorted(one.ranks)): one for one in process_sets})
         super().__init__(model, optimizer, method, ProcessSets(partitions), partitions, grad_scaler,
                          consistency_every=consistency_every, log=log)  # fmt: skip
+
+
+    def close(self) -> None:
+        """As of any method, but for what comes then: Horovod averages in its own optimizer only, and this one is plain.
+        Make an ``hvd.DistributedOptimizer`` of it to train on; a warning says so. Process sets stay, for others."""
+        if not self.closed:
+            super().close()
+            _log.warning("thinwire: DivideAndShuffleAverager is closed, and nothing averages this model any more: make "
+                         "an hvd.DistributedOptimizer of its optimizer to train on")  # fmt: skip
 
 
 class ProcessSets:

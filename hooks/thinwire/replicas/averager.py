@@ -14,6 +14,7 @@ from thinwire.replicas.groups import Groups
 from thinwire.replicas.means import pieces
 from thinwire.replicas.rounds import Rounds
 from thinwire.state import agree
+from thinwire.state.cautions import caution_groups
 from thinwire.state.names import float_buffers
 
 
@@ -37,6 +38,7 @@ class DivideAndShuffleAverager(ModelAverager):
         group = self.process_group
         found = agree.check_together(lambda thing: gather_objects(thing, group), lambda: _checked(method), hosts.mine())
         partitions = method.partitions(group.size(), tuple(found))
+        caution_groups(method, partitions)
         self._groups = Groups(partitions, group)
         self._rounds = Rounds(method, partitions, self._groups, self._stats)
         self._agreed = False

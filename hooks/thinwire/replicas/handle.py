@@ -30,7 +30,7 @@ class Replicas(Handle):
 
     module: torch.nn.Module
     method: DivideAndShuffle
-    _borrowed = False
+    _borrowed = _gradients_wait = False
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle,
                  groups: Any, partitions: tuple[Partition, ...], grad_scaler: torch.amp.GradScaler | None = None,
@@ -59,12 +59,18 @@ class Replicas(Handle):
         one of all ranks. Averages over all ranks outside the rounds are not counted."""
         return super().stats() | {"process_groups": len(self._groups)}
 
+    def note_gradients(self) -> None:
+        """There are gradients of this rank's own, for a step that has yet to come."""
+        self._gradients_wait = True
+
     def skip_step(self) -> None:
         """Take part in this step's round without a step of one's own.
 
         For loops that leave out ``optimizer.step()`` on some ranks: the others of the group wait for this one. A
         GradScaler that was given to ``attach`` does it by itself.
         """
+        if self.closed:
+            return
         round_ = self._begin()
         for piece in pieces(self._parameters()):
             round_.send(piece, self.moments(piece))
@@ -79,6 +85,9 @@ class Replicas(Handle):
         so it raises RuntimeError.
         """
         self._refuse_if_evaluating("evaluating()")
+        if self.closed:
+            yield self.module
+            return
         tensors = self._parameters() + self._buffers()
         saved = [tensor.detach().clone() for _, tensor in tensors]
         try:
@@ -94,6 +103,8 @@ class Replicas(Handle):
         """Average parameters, floating-point buffers and what is averaged of the optimizer's state over all ranks:
         replicas become bitwise equal. Training may go on."""
         self._refuse_if_evaluating("finalize()")
+        if self.closed:
+            return
         self._settle()
         self._average_over_all(with_moments=True)
 
@@ -130,6 +141,7 @@ class Replicas(Handle):
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit."""
+        self._refuse_if_closed("load_state_dict()")
         self._land()
         if not isinstance(state, dict) or state.get("format") != FORMAT or not {"pending", "round"} <= state.keys():
             found = sorted(state) if isinstance(state, dict) else type(state).__name__
@@ -156,13 +168,16 @@ class Replicas(Handle):
 
     def close(self) -> None:
         """As of any method: ``finalize``, then take the hooks off the optimizer and destroy the process groups that
-        were made."""
+        were made. They go as well where ``finalize`` raises; then replicas may differ."""
+        self._refuse_if_evaluating("close()")
         if self.closed:
             return
-        self.finalize()
-        self.closed = True
-        self._hooks.remove()
-        self._groups.close()
+        try:
+            self.finalize()
+        finally:
+            super().close()
+            self._hooks.remove()
+            self._groups.close()
 
     # ---- what StepHooks calls ----
 
@@ -203,6 +218,7 @@ class Replicas(Handle):
 
     def _begin(self):
         self._refuse_if_evaluating("optimizer.step()")
+        self._gradients_wait = False
         if not self._agreed:
             agree.require(self._groups.gather_objects({"round": str(self._rounds.done)}))
             self._agreed = True

@@ -22,7 +22,7 @@ def check_steps_in_pieces(optimizer: torch.optim.Optimizer) -> None:
 
 
 class StepHooks:
-    """Hooks on one optimizer. listener: thinwire.replicas.Replicas, whose ``stepped`` is called after every step; or
+    """Hooks on one optimizer. listener: the Replicas, whose ``stepped`` is called after every step; or
     in_pieces, ``pieces_to_step`` and ``pieces_stepped``. grad_scaler: a step that it skips counts as a step.
     """
 

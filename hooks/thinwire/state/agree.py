@@ -42,14 +42,14 @@ def check_together(all_gather_object: Callable[[Any], list], check: Callable[[],
                    aside: Any = None) -> list:  # fmt: skip
     """Run a check on every rank and compare what it gives; what it raises on one rank is raised on all.
 
-    check: gives what must be equal on every rank, by name, or raises TypeError or ValueError. aside: what this rank
+    check: gives what must be equal on every rank, by name, or raises. aside: what this rank
     has to say besides, which may differ. Returns what each rank said aside. Raises ValueError.
     """
     says, refusal = {}, ""
     try:
         says = check()
-    except (TypeError, ValueError) as error:
-        refusal = str(error)
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        refusal = str(error) if isinstance(error, (TypeError, ValueError)) and str(error) else repr(error)
     everyone = all_gather_object((refusal, says, aside))
     refusals: dict[str, list[str]] = {}
     for rank, (refused, _, _) in enumerate(everyone):

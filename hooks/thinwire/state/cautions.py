@@ -29,26 +29,26 @@ def caution(method: Method, optimizer: torch.optim.Optimizer | None, world_size:
 
 def _caution_momentum(method, optimizer, world_size):
     """Momentum of the optimizer's own beside error feedback."""
-    density = final_density(method, world_size)
-    beta1 = max((group["betas"][0] for group in optimizer.param_groups if "betas" in group), default=0.0)
-    momentum = max((group.get("momentum") or 0.0 for group in optimizer.param_groups), default=0.0)
-    if density == 1 or not (beta1 or momentum):
+    found = suggest(method, optimizer, world_size)
+    kind, delay = type(optimizer).__name__, 1 / final_density(method, world_size)
+    own = found.was_beta1 or found.was_momentum
+    if delay == 1 or not own:
         return
-    kind, lr = type(optimizer).__name__, suggest(method, optimizer, world_size).lr
-    own = f"beta1 of {beta1:g}" if beta1 else f"momentum of {momentum:g}"
-    otherwise = "" if beta1 else (f", or let the method keep it: BlockSparse(..., momentum={momentum:g}) with the "
-                                  "optimizer's at 0")  # fmt: skip
-    _log.warning("thinwire: %s's %s acts on sums that error feedback delays by about %.0f steps, which acts as "
-                 "momentum already: this can train far worse than plain DDP. Set it to 0 and begin a search for the "
-                 "learning rate at %.3g (thinwire.suggest(method, optimizer) says why)%s",
-                 kind, own, 1 / density, lr, otherwise)  # fmt: skip
+    name = "beta1" if found.was_beta1 else "momentum"
+    also = " (and nesterov to False)" if any(group.get("nesterov") for group in optimizer.param_groups) else ""
+    otherwise = "" if found.was_beta1 else (f", or let the method keep it: BlockSparse(..., momentum={own:g}) with the "
+                                            "optimizer's at 0")  # fmt: skip
+    _log.warning("thinwire: %s's %s of %g acts on sums that error feedback delays by about %.0f steps, which acts as "
+                 "momentum already: this can train far worse than plain DDP. Set it to 0%s and begin a search for the "
+                 "learning rate at %.2g times plain DDP's, %.3g (thinwire.suggest(method, optimizer) says why)%s",
+                 kind, name, own, delay, also, found.factor, found.lr, otherwise)  # fmt: skip
 
 
 def caution_groups(method: DivideAndShuffle, partitions: tuple[Partition, ...]) -> None:
-    """Warn where every round has one group, of all ranks."""
-    if all(len(partition) == 1 for partition in partitions):
+    """Warn where every round has one group, of all ranks, and averages all of the parameters."""
+    if method.blocks is None and all(len(partition) == 1 for partition in partitions):
         ranks = len(partitions[0][0])
         if ranks > 1:
             _log.warning("thinwire: DivideAndShuffle has groups of %d on %d ranks: that is one group of all, so every "
-                         "round is a plain average of all parameters and nothing is saved: it is for more ranks than a "
-                         "group has", ranks, ranks)  # fmt: skip
+                         "round is a plain average of all parameters, which saves no bytes: it is for more ranks than "
+                         "a group has", ranks, ranks)  # fmt: skip

@@ -1,5 +1,6 @@
 """What cannot work is refused before training starts, with the reason and the way out."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -34,16 +35,21 @@ def check_model(ddp: Any, hook_allowed: bool = False) -> None:
             "DistributedDataParallel(mixed_precision=...) registers a communication hook of its own; use "
             "torch.autocast instead, and wire_dtype for fewer bytes"
         )
-    for name, parameter in ddp.module.named_parameters():
-        if name in ddp.parameters_to_ignore:
+    check_module(ddp.module, ddp.parameters_to_ignore)
+
+
+def check_module(module: torch.nn.Module, ignored: Container[str]) -> None:
+    """Raise TypeError or ValueError where what DDP wraps has gradients that cannot be averaged. ignored: names."""
+    for name, parameter in module.named_parameters():
+        if name in ignored:
             continue
         check_gradient(name, parameter)
         if hasattr(parameter, "_in_backward_optimizers"):
             raise ValueError(f"parameter {name!r} has its optimizer in the backward pass, which takes DDP's only hook")
-    for name, module in ddp.module.named_modules():
-        if f"{name}.weight" in ddp.parameters_to_ignore:
+    for name, part in module.named_modules():
+        if f"{name}.weight" in ignored:
             continue
-        if getattr(module, "sparse", False) and isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        if getattr(part, "sparse", False) and isinstance(part, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
             raise TypeError(
                 f"module {name!r} has sparse gradients; make it with sparse=False: thinwire needs dense ones"
             )
@@ -58,6 +64,15 @@ def check_gradient(name: str, parameter: torch.Tensor) -> None:
     """Raise TypeError where a parameter's gradient is of a kind that cannot be averaged."""
     if parameter.is_complex():
         raise TypeError(f"parameter {name!r} is {parameter.dtype}: thinwire averages real gradients only")
+
+
+def check_optimizer_type(optimizer: Any) -> None:
+    """Raise TypeError for what is given as an optimizer and is none of PyTorch's kind."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer; leave it out where it is "
+            "another kind"
+        )
 
 
 def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> None:

@@ -97,6 +97,7 @@ class GradientHandle(Handle):
         training will see of it, is unchanged; a control variate restarts on every rank from the common mean.
         Buckets may differ. Raises ValueError, with nothing changed, where the state does not fit.
         """
+        self._refuse_if_closed("load_state_dict()")
         if self._reducer is None:
             checkpoint.check(state, self.method)
             self._waiting_state = state
@@ -105,6 +106,12 @@ class GradientHandle(Handle):
             if self._scale != 1.0 and (self._grad_scaler is None or not self._grad_scaler.is_enabled()):
                 self._rescale(1 / self._scale)  # it was saved under a GradScaler
                 self._scale = 1.0
+
+    def close(self) -> None:
+        super().close()
+        if self._reducer is not None:
+            for store in self._reducer.memory.stores().values():
+                store.clear()
 
     def _put_back(self, shard):
         self._step, self._scale, self._agreed = shard["step"], shard["scale"] or 1.0, False

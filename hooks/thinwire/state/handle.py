@@ -82,9 +82,13 @@ class Handle:
     def close(self) -> None:
         """End it: ``finalize``, and then nothing more is sent, threads and process groups that were made are gone,
         and the front door averages whole gradients as it would without thinwire. What waits in a memory is dropped:
-        take ``state_dict`` first to keep it. A later ``thinwire.attach`` to the same model works. Closing twice does
-        nothing."""
+        take ``state_dict`` first to keep it. Call it between a step and the next backward pass. A later
+        ``thinwire.attach`` to the same model works. Closing twice does nothing, as do the other verbs then."""
         self.closed = True
+
+    def _refuse_if_closed(self, what: str) -> None:
+        if self.closed:
+            raise RuntimeError(f"{what}: this handle was closed, so nothing would use it: attach again first")
 
     def _record(self, found: dict) -> None:
         """A measurement that was due."""

@@ -13,18 +13,25 @@ from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Meth
 _MOST = 4.0
 
 
+# Their steps are divided by the root of a running mean of squares.
+_ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """Settings to begin a search at; print it.
 
-    lr: of the first parameter group; factor: what to multiply every group's by. beta1: of optimizers with betas, else
-    None; momentum: of optimizers that have one, else None. why: in words.
+    factor: what to multiply every parameter group's learning rate by; lr: that of the first group then, before any
+    warm-up. beta1: of optimizers with betas, else None; momentum: of optimizers that have one, else None; was_beta1 and
+    was_momentum: the largest of the groups now, 0.0 where there is none. why: in words.
     """
 
     lr: float
     factor: float
     beta1: float | None
     momentum: float | None
+    was_beta1: float
+    was_momentum: float
     why: str
 
     def __str__(self) -> str:
@@ -37,53 +44,68 @@ class Suggestion:
 def suggest(method: Method, optimizer: torch.optim.Optimizer, world_size: int | None = None) -> Suggestion:
     """The learning rate, and beta1 or momentum, to begin a search at under ``method``.
 
-    optimizer: with the settings that are best for plain DDP. world_size: for the default density, 1 / world_size; the
-    size of the default process group if it is not given. Where a search ends depends on the task: try half and twice
-    the rate as well, and compare at equal time.
+    optimizer: with the settings that are best for plain DDP. world_size: of the job; the size of the default process
+    group if it is not given. Where a search ends depends on the task: try half and twice the rate as well, and compare
+    at equal time.
 
     With error feedback a block arrives once in about 1 / density steps, as a sum. That delay acts as momentum, so the
-    optimizer's own is set to 0. Under an Adam-like optimizer v sees sums that arrive in bursts, steps shrink by about
+    optimizer's own is set to 0. Under Adam and its like v sees sums that arrive in bursts, steps shrink by about
     sqrt(density), and the best learning rate rises by up to 1 / sqrt(density): here a power of two below that, and at
-    most 4. Raises TypeError or ValueError for what is no method or no optimizer, or where world_size is not known.
+    most 4. Under SGD it lies between the rate and what the momentum made of it. Of other optimizers nothing is known,
+    and they are left as they are. Raises TypeError or ValueError for what is no method or no optimizer, or where
+    world_size is needed and not known.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"suggest got {type(optimizer).__name__} as optimizer: it must be a torch.optim.Optimizer")
-    group = optimizer.param_groups[0]
-    lr = float(group["lr"])
-    beta1 = float(group["betas"][0]) if "betas" in group else None
-    momentum = float(group["momentum"]) if "momentum" in group else None
-
-    def begin(factor, why, zero=False):
-        return Suggestion(lr * factor, factor, 0.0 if zero and beta1 is not None else beta1,
-                          0.0 if zero and momentum is not None else momentum, why)  # fmt: skip
-
     if isinstance(method, Elastic):
         return suggest(method.method, optimizer, world_size)
+    if world_size is None and dist.is_available() and dist.is_initialized():
+        world_size = dist.get_world_size()
+    factor, why, zero = _rule(method, optimizer, world_size)
+    groups = optimizer.param_groups
+    lr = float(groups[0].get("initial_lr", groups[0]["lr"]))  # a scheduler's warm-up may have begun
+    beta1 = max((float(group["betas"][0]) for group in groups if "betas" in group), default=None)
+    momentum = max((float(group["momentum"]) for group in groups if "momentum" in group), default=None)
+    now = beta1 or 0.0, momentum or 0.0
+    if zero:
+        beta1, momentum = (None if own is None else 0.0 for own in (beta1, momentum))
+    return Suggestion(lr * factor, factor, beta1, momentum, *now, why)
+
+
+def _rule(method, optimizer, world_size):
+    """The factor of the learning rate, why, and whether the optimizer's momentum is to be 0."""
     if isinstance(method, DivideAndShuffle):
-        return begin(1.0, "the mean of the replicas moves by the mean of the gradients, as plain DDP does")
+        return 1.0, "the mean of the replicas moves by the mean of the gradients, as plain DDP does", False
     sparse = block_sparse(method)
     if isinstance(method, Dense):
-        return begin(1.0, "whole gradients are averaged, as plain DDP does")
+        return 1.0, "whole gradients are averaged, as plain DDP does", False
     if sparse.memory != "error_feedback":
-        return begin(1.0, "the estimate of the gradient is unbiased; its variance may ask for a smaller rate")
+        return 1.0, "the estimate of the gradient is unbiased; its variance may ask for a smaller rate", False
     density = final_density(sparse, world_size)
-    if density >= 1:
-        return begin(1.0, "nothing is left out, as in plain DDP")
+    if density >= 1 or world_size == 1:
+        return 1.0, "nothing is left out, as in plain DDP", False
     delay = f"a block arrives once in about {1 / density:.0f} steps, and that delay acts as momentum"
-    if beta1 is not None:
+    if sparse.automatic:
+        delay += " (at min_density; the rate may have to be smaller while the density is above it)"
+    if isinstance(optimizer, _ADAPTIVE):
         exact = 1 / math.sqrt(density)
         factor = min(_MOST, 2.0 ** math.floor(math.log2(exact) + 1e-9))
-        why = (f"{delay}; its sums come in bursts, so v is larger and steps shrink by about sqrt(density). The best "
-               f"rate rises by up to 1 / sqrt({density:g}) = {exact:.1f}: {factor:g} times to begin with")  # fmt: skip
-        return begin(factor, why, zero=True)
+        warm = "; while warm-up steps are dense, the rate must be plain DDP's" if sparse.warmup_steps else ""
+        return factor, (f"{delay}; its sums come in bursts, so v is larger and steps shrink by about sqrt(density). "
+                        f"The best rate rises by up to 1 / sqrt({density:g}) = {exact:.1f}: {factor:g} times to begin "
+                        f"with{warm}"), True  # fmt: skip
+    if not isinstance(optimizer, torch.optim.SGD):
+        return 1.0, (f"{delay}; what that makes of {type(optimizer).__name__}'s steps is not known: search around the "
+                     "rate of plain DDP, without momentum too"), False  # fmt: skip
     if sparse.momentum:
-        return begin(1.0, f"the method keeps the momentum of {sparse.momentum:g}, before anything is sent", zero=True)
-    if momentum:
-        factor = 1 / math.sqrt(1 - momentum)
-        why = (f"{delay}; without its momentum of {momentum:g} the optimizer moves {1 - momentum:.2g} times as far at "
-               f"the same rate, and the best rate lies between the two: {factor:.1f} times to begin with")  # fmt: skip
-        return begin(factor, why, zero=True)
-    return begin(1.0, f"{delay}; what arrives adds up to what plain SGD sums", zero=True)
+        return 1.0, f"the method keeps the momentum of {sparse.momentum:g}, before anything is sent", True
+    length = max(((1 - group["dampening"]) / (1 - group["momentum"]) for group in optimizer.param_groups
+                  if group["momentum"]), default=1.0)  # fmt: skip
+    if length == 1:
+        return 1.0, f"{delay}; what arrives adds up to what plain SGD sums", True
+    factor = math.sqrt(length)
+    return factor, (f"{delay}; without its momentum SGD moves {1 / length:.2g} times as far at the same rate, and the "
+                    f"best rate lies between the two: {factor:.1f} times to begin with"), True  # fmt: skip
 
 
 def final_density(method: BlockSparse, world_size: int | None = None) -> float:
@@ -94,10 +116,8 @@ def final_density(method: BlockSparse, world_size: int | None = None) -> float:
     if method.density is not None:
         return float(method.density)
     if world_size is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                f"suggest(BlockSparse({method.selection!r})): its density is 1 / world_size, and there is no process "
-                "group to ask: pass world_size=, or give the method a density"
-            )
-        world_size = dist.get_world_size()
+        raise ValueError(
+            f"suggest(BlockSparse({method.selection!r})): its density is 1 / world_size, and there is no process "
+            "group to ask: pass world_size=, or give the method a density"
+        )
     return 1 / world_size
