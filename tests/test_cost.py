@@ -4,9 +4,9 @@ import itertools
 import json
 
 import pytest
-import scale
 import thinwire
 import torch
+from suite import scale
 from suite.methods import CONTESTANTS
 from thinwire import BlockSparse, Dense
 from thinwire.advice.cost import (
