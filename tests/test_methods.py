@@ -7,6 +7,8 @@ import pytest
 import thinwire
 import torch
 from thinwire import BlockSparse, Dense
+from thinwire.core.blocks import Layout
+from thinwire.core.selection import named_by_rank
 
 
 def test_methods_are_values():
@@ -89,3 +91,14 @@ def test_a_class_is_not_a_method():
         thinwire.HookState(BlockSparse, torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="'topk'"):
         thinwire.HookState("topk", torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_ranks_take_turns_in_nominating_what_does_not_divide(n):
+    """Every step names what the density allows, and n steps give every rank as many places."""
+    names, numels = ("a", "b", "c"), (1000, 700, 5000)
+    slots = Layout(names, numels, 16).slots(BlockSparse("nominated", density=0.1).counts_at(0, n, numels))
+    quotas = torch.stack([named_by_rank(slots, step, n) for step in range(n)])
+    assert (quotas.sum(1) == torch.tensor(slots.counts)).all()
+    assert (quotas.sum(0) == torch.tensor(slots.counts)).all()
+    assert (quotas[0] != quotas[1]).any()
