@@ -1,7 +1,9 @@
 // Checks of arguments; every message repeats what was passed and what is allowed.
 #pragma once
+// Not ATen/ATen.h, which declares every operator that there is and takes longer to read than all else.
+#include <ATen/core/Formatting.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
-#include <ATen/ATen.h>
 
 #include <optional>
 #include <sstream>
