@@ -1059,7 +1059,7 @@ def elastic_with_parameters_left_out(method):
     model, rank = Heads(), hvd.rank()
     optimizer, compressor = setup(model, method, lr=0.02)
     batches, expected = data(), models.flat(model.parameters())
-    for step in range(30):
+    for step in range(30 if SIMULATED else 12):
         used = ({0, 1, 2, 3}, {0}, {rank % 2}, {1, 2})[step % 4]
         x, y = next(batches)
         gradients = torch.autograd.grad(((model(x, used) - y) ** 2).mean(), list(model.parameters()), allow_unused=True)
