@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "thinwire"])
+# Whoever starts the fork server first decides for all, so what hogwild's workers import is in it too.
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "thinwire", "thinwire.hogwild.worker"])
 
 
 class RankError(AssertionError):
