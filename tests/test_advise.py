@@ -10,12 +10,12 @@ import sys
 import textwrap
 from types import SimpleNamespace
 
-import advise as benchmark
 import numpy
 import pytest
 import thinwire
 import torch
 import torch.distributed as dist
+from advice import predictions as benchmark
 from models import equal_on_all_ranks, mlp, sgd, step, wrap
 from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
 from thinwire.advice import candidates, link, own_step, trial
