@@ -182,8 +182,9 @@ class ElasticState(LateSteps, HookState):
         if self._rule is not None:
             self._rule.land_all()
 
-    def _end(self):
-        """End the threads and destroy the process groups that were made."""
+    def _release(self):
+        """End the threads too, and destroy the process groups that were made."""
+        super()._release()
         rule, self._rule = self._rule, None
         if rule is None:
             return

@@ -92,11 +92,9 @@ class HookState(Occupant, GradientHandle):
             return completed(bucket.buffer())
         return self._exchange(bucket, step)
 
-    def close(self) -> None:
-        """As of any method."""
-        if not self.closed:
-            super().close()
-            self.seat.leave()
+    def _release(self):
+        super()._release()
+        self.seat.leave()
 
     def _exchange(self, bucket, step):
         return self._channel.average(bucket.buffer(), *self._parameters_of(bucket), step, self._density_at(step))

@@ -63,18 +63,16 @@ class DDPReplicas(Replicas):
     def close(self) -> None:
         """As of any method, after a step: RuntimeError, with nothing changed, between a backward pass and its step, for
         the gradients are then this rank's own."""
-        if self.closed:
-            return
-        if self._gradients_wait and any(p.grad is not None for _, p in self._parameters()):
+        if not self.closed and self._gradients_wait and any(p.grad is not None for _, p in self._parameters()):
             raise RuntimeError("close() between backward() and optimizer.step(): the gradients are this rank's own, so "
                                "that step would let the replicas differ for good: close after the step")  # fmt: skip
-        try:
-            super().close()
-        finally:
-            if self.closed:
-                self.local.seat.leave()
-                if (ddp := self._ddp()) is not None:
-                    ddp.broadcast_buffers = self.local.broadcast_buffers
+        super().close()
+
+    def _release(self):
+        super()._release()
+        self.local.seat.leave()
+        if (ddp := self._ddp()) is not None:
+            ddp.broadcast_buffers = self.local.broadcast_buffers
 
 
 class LocalGradients(Occupant):

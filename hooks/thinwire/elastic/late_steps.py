@@ -32,8 +32,6 @@ class LateSteps:
     ``finalize``, ``evaluating``, ``state_dict``, ``load_state_dict`` and ``close`` are to be called on every rank.
     """
 
-    _borrowed = False
-
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self._ledger = Ledger()
@@ -103,18 +101,6 @@ class LateSteps:
         self._land()
         super().load_state_dict(state)
 
-    def close(self) -> None:
-        """As of any method: what is late is applied first. Raises RuntimeError, when it is closed, if an exchange had
-        failed."""
-        self._refuse_if_evaluating("close()")
-        if self.closed:
-            return
-        try:
-            self.finalize()
-        finally:
-            super().close()
-            self._end()
-
     # ---- what a Handle calls ----
 
     def _apart(self):
@@ -153,9 +139,6 @@ class LateSteps:
         """Wait until nothing is under way."""
         raise NotImplementedError
 
-    def _end(self) -> None:
-        """Give back what was made to carry what is late."""
-
     def _unflattened(self, flat: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """A gradient [N] in the shape of its parameter."""
         return flat.view_as(p)
@@ -163,10 +146,6 @@ class LateSteps:
     def _make_step(self) -> None:
         """A step of the optimizer on the gradients that there are."""
         self._optimizer.step()
-
-    def _refuse_if_evaluating(self, what):
-        if self._borrowed:
-            raise RuntimeError(f"{what} inside evaluating(): the model in it is put back at the end")
 
     # ---- late gradients and learning rates ----
 

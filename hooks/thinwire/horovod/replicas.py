@@ -58,10 +58,12 @@ class DivideAndShuffleAverager(Replicas):
     def close(self) -> None:
         """As of any method, but for what comes then: Horovod averages in its own optimizer only, and this one is plain.
         Make an ``hvd.DistributedOptimizer`` of it to train on; a warning says so. Process sets stay, for others."""
-        if not self.closed:
-            super().close()
-            _log.warning("thinwire: DivideAndShuffleAverager is closed, and nothing averages this model any more: make "
-                         "an hvd.DistributedOptimizer of its optimizer to train on")  # fmt: skip
+        super().close()
+
+    def _release(self):
+        super()._release()
+        _log.warning("thinwire: DivideAndShuffleAverager is closed, and nothing averages this model any more: make an "
+                     "hvd.DistributedOptimizer of its optimizer to train on")  # fmt: skip
 
 
 class ProcessSets:

@@ -30,7 +30,7 @@ class Replicas(Handle):
 
     module: torch.nn.Module
     method: DivideAndShuffle
-    _borrowed = _gradients_wait = False
+    _gradients_wait = False
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle,
                  groups: Any, partitions: tuple[Partition, ...], grad_scaler: torch.amp.GradScaler | None = None,
@@ -166,18 +166,11 @@ class Replicas(Handle):
         self._pending = {kind: dict(found) for kind, found in pending.items()} or None
         self._agreed = False
 
-    def close(self) -> None:
-        """As of any method: ``finalize``, then take the hooks off the optimizer and destroy the process groups that
-        were made. They go as well where ``finalize`` raises; then replicas may differ."""
-        self._refuse_if_evaluating("close()")
-        if self.closed:
-            return
-        try:
-            self.finalize()
-        finally:
-            super().close()
-            self._hooks.remove()
-            self._groups.close()
+    def _release(self):
+        """Take the hooks off the optimizer too, and destroy the process groups that were made."""
+        super()._release()
+        self._hooks.remove()
+        self._groups.close()
 
     # ---- what StepHooks calls ----
 
@@ -236,10 +229,6 @@ class Replicas(Handle):
             round_.finish()
         if self._every and self._rounds.done % self._every == 0:
             self._record(self._measure())
-
-    def _refuse_if_evaluating(self, what):
-        if self._borrowed:
-            raise RuntimeError(f"{what} inside evaluating(): what it changes would be undone at the end")
 
     def _measure(self):
         """||x_i - mean x|| / lr of all ranks, from sketches of the replicas."""

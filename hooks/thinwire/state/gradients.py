@@ -107,8 +107,8 @@ class GradientHandle(Handle):
                 self._rescale(1 / self._scale)  # it was saved under a GradScaler
                 self._scale = 1.0
 
-    def close(self) -> None:
-        super().close()
+    def _release(self):
+        super()._release()
         if self._reducer is not None:
             for store in self._reducer.memory.stores().values():
                 store.clear()

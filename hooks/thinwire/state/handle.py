@@ -28,6 +28,7 @@ class Handle:
 
     module: torch.nn.Module | None = None
     closed = False
+    _borrowed = False  # evaluating() is at work: the model in it is put back at its end
 
     def __init__(self, method: Method, consistency_every: int = 0, log: Any = None):
         consistency.check_log(consistency_every, log)
@@ -83,8 +84,25 @@ class Handle:
         """End it: ``finalize``, and then nothing more is sent, threads and process groups that were made are gone,
         and the front door averages whole gradients as it would without thinwire. What waits in a memory is dropped:
         take ``state_dict`` first to keep it. Call it between a step and the next backward pass. A later
-        ``thinwire.attach`` to the same model works. Closing twice does nothing, as do the other verbs then."""
-        self.closed = True
+        ``thinwire.attach`` to the same model works. Closing twice does nothing, as do the other verbs then.
+
+        Raises RuntimeError inside ``evaluating()``, with nothing changed; what ``finalize`` raises comes when it is
+        closed."""
+        self._refuse_if_evaluating("close()")
+        if self.closed:
+            return
+        try:
+            self.finalize()
+        finally:
+            self.closed = True
+            self._release()
+
+    def _release(self) -> None:
+        """Give back all that was made and held."""
+
+    def _refuse_if_evaluating(self, what: str) -> None:
+        if self._borrowed:
+            raise RuntimeError(f"{what} inside evaluating(): what it changes would be undone at the end")
 
     def _refuse_if_closed(self, what: str) -> None:
         if self.closed:
