@@ -141,7 +141,7 @@ def twice(rank, n):
 
 
 def test_attaching_again_without_closing_is_refused(ranks):
-    assert all("already has a communication hook" in said for said in ranks(2).run(twice))
+    assert all("call close() on the handle" in said for said in ranks(2).run(twice))
 
 
 def loses_nothing(rank, n):

@@ -799,7 +799,7 @@ def by_hook_state(rank):
     (no_optimizer, "pass optimizer="),
     (unknown_in_pieces, "overlap='bucket'"),
     (no_moments, "SGD has none"), (buffers_differ, "model: 14 parameters and buffers"),
-    (hooked_already, "(noop_hook); DDP allows one"),
+    (hooked_already, "(noop_hook); DDP allows one. Take out what registers it"),
     (by_hook_state, "averages parameters, not gradients"),
 ])  # fmt: skip
 def test_refused_on_every_rank(ranks, build, says):

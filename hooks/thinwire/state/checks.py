@@ -19,11 +19,12 @@ def check_model(ddp: Any, hook_allowed: bool = False) -> None:
     dead = lambda state: getattr(state, "is_copy", False) or getattr(state, "vacant", False)
     live = [(hook, state) for hook, state in ddp._comm_hooks if not dead(state)]
     if live and not hook_allowed:
-        names = ", ".join(_name_of(hook) for hook, _ in live)
+        names = [_name_of(hook) for hook, _ in live]
         raise ValueError(
-            f"this DistributedDataParallel already has a communication hook ({names}); DDP allows one. To change "
-            "thinwire's method, call close() on the handle that attach returned, and attach again"
-        )
+            f"this DistributedDataParallel already has a communication hook ({', '.join(names)}); DDP allows one. " +
+            ("To change thinwire's method, call close() on the handle that attach returned, and attach again"
+             if names == ["thinwire's"] else "Take out what registers it, and wrap the model anew")
+        )  # fmt: skip
     if getattr(ddp, "_use_python_reducer", False):
         raise ValueError(
             "under torch._dynamo.config.optimize_ddp = 'python_reducer' DistributedDataParallel gives its hook single "
