@@ -37,7 +37,7 @@ def main() -> int:
     if args.docs:
         write_table(records.load("demo"))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # not 80, which cuts the methods' names
     with ThinNet(ranks=args.ranks, mbit=args.mbit) as net:
         record = _configuration(args, net)
         if not net.shaped:
