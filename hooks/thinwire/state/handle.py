@@ -84,7 +84,8 @@ class Handle:
         """End it: ``finalize``, and then nothing more is sent, threads and process groups that were made are gone,
         and the front door averages whole gradients as it would without thinwire. What waits in a memory is dropped:
         take ``state_dict`` first to keep it. Call it between a step and the next backward pass. A later
-        ``thinwire.attach`` to the same model works. Closing twice does nothing, as do the other verbs then.
+        ``thinwire.attach`` to the same model works. Then ``finalize``, ``evaluating``, ``skip_step`` and ``close`` do
+        nothing, and ``load_state_dict`` raises RuntimeError.
 
         Raises RuntimeError inside ``evaluating()``, with nothing changed; what ``finalize`` raises comes when it is
         closed."""
