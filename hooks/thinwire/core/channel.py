@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.core.exchange import AllGather, OwnerExchange, gather_now
-from thinwire.core.memory import wide
+from thinwire.core.memory import Pass, wide
 from thinwire.core.reducer import Reducer
 from thinwire.core.stats import Stats, ring_all_reduce_bytes
 
@@ -26,11 +26,11 @@ class Channel:
         self._alive.clear()
 
     def average(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], step: int,
-                density: float | None = None) -> torch.futures.Future[torch.Tensor]:  # fmt: skip
+                density: float | None = None, of: Pass = Pass()) -> torch.futures.Future[torch.Tensor]:  # fmt: skip
         """Start averaging flat [N] in place; the future's value is flat. See Reducer.encode."""
         begin = time.perf_counter()
         stats = self._stats
-        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, density)
+        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, density, of)
         sending = time.perf_counter()
         exchange = self._owners if encoded.choice.common else self._all_gather
         flight = exchange.start(encoded.payload, encoded.wire, encoded.choice.slots, wide(flat.dtype))

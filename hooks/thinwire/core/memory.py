@@ -2,10 +2,11 @@
 
 A step goes through three verbs. ``add`` reads the flat gradient, ``pack`` makes the payload of the chosen blocks, and
 ``settle`` writes the averaged gradient over the flat one and brings the memory up to date. A gradient with inf or NaN
-sends NaN, every rank gets NaN back, and no memory keeps anything of that flat gradient, to rounding.
+sends NaN, every rank gets NaN back, and no memory keeps anything of that flat gradient, to rounding. What the passes of
+a step have changed can be put back as long as that step is not made: ``put_back``, and ``keep`` where it is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,24 @@ from thinwire.core.store import FlatStore
 from thinwire.core.wire import Arrived, Payload, Wire
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Where a backward pass stands among the optimizer's steps.
+
+    step: the number of the one that it is for, None where nobody knows of steps; then nothing can be put back. again:
+    for the same step these parameters had a pass before, so a momentum is not to decay once more.
+    """
+
+    step: int | None = None
+    again: bool = False
+
+
 @dataclass
 class Reading:
     """A flat gradient as a memory presents it: source [N] to send from, and what thinwire.ops says of its blocks.
 
-    norms [M] are None where nobody asked for them.
+    norms [M] are None where nobody asked for them. restored: state, and what it is to be again if the pass turns out
+    bad, where that cannot be computed backwards.
     """
 
     layout: Layout
@@ -29,6 +43,7 @@ class Reading:
     source: torch.Tensor
     status: torch.Tensor
     norms: torch.Tensor | None = None
+    restored: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
 @dataclass
@@ -48,10 +63,49 @@ class Sum:
     lost: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-class NoMemory:
+class Memory:
+    """Base of every memory."""
+
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
+        raise NotImplementedError
+
+    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+        raise NotImplementedError
+
+    def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
+        """The wire for gradients of a dtype."""
+        return wire
+
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+        raise NotImplementedError
+
+    def stores(self) -> dict[str, FlatStore]:
+        """All that it keeps, by what a checkpoint calls it."""
+        return {}
+
+    def waiting(self) -> dict[str, torch.Tensor]:
+        """What has yet to be sent, 1-D, by parameter name."""
+        return {}
+
+    def rescale(self, factor: float) -> None:
+        for store in self.stores().values():
+            store.scale(factor)
+
+    def put_back(self, names: Collection[str], step: int) -> None:
+        """Be as before this step, for these parameters."""
+        for store in self.stores().values():
+            store.put_back(names, step)
+
+    def keep(self, names: Collection[str], step: int) -> None:
+        """This step has been made, for these parameters."""
+        for store in self.stores().values():
+            store.keep(names, step)
+
+
+class NoMemory(Memory):
     """What is not sent is forgotten."""
 
-    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool) -> Reading:
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
         if ranks_blocks:  # as error feedback that starts from zero
             return _accumulated(flat, slots, torch.zeros(flat.shape, dtype=wide(flat.dtype), device=flat.device))
         return _examined(flat, slots)
@@ -67,17 +121,8 @@ class NoMemory:
     def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
         _scatter(total.arrived, total.rows, total.slots, total.to_estimate, reading.grad)
 
-    def rescale(self, factor: float) -> None:
-        pass
 
-    def stores(self) -> dict[str, FlatStore]:
-        return {}
-
-    def waiting(self) -> dict[str, torch.Tensor]:
-        return {}
-
-
-class ErrorFeedback:
+class ErrorFeedback(Memory):
     """What is not sent waits in the residual and is added to the next gradient; with momentum, see BlockSparse."""
 
     def __init__(self, momentum: float = 0.0):
@@ -85,9 +130,17 @@ class ErrorFeedback:
         self.residual = FlatStore()
         self.velocity = FlatStore() if momentum else None
 
-    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool) -> Reading:
-        residual = self.residual.flat(slots.layout, wide(flat.dtype), flat.device)
-        return _accumulated(flat, slots, residual, self._velocity_of(slots.layout, residual), self.momentum)
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
+        kept = slots.layout, wide(flat.dtype), flat.device
+        residual = self.residual.change(*kept, of.step)
+        velocity = None if self.velocity is None else self.velocity.change(*kept, of.step)
+        if velocity is None or not of.again:
+            return _accumulated(flat, slots, residual, velocity, self.momentum)
+        restored = (residual, residual.clone()), (velocity, velocity.clone())
+        reading = _accumulated(flat, slots, residual)
+        velocity += torch.where(torch.isfinite(flat), flat, torch.zeros_like(flat))
+        reading.restored = restored
+        return reading
 
     def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
         if wire.saturates:
@@ -104,30 +157,25 @@ class ErrorFeedback:
             scale = wire.scale(largest)
         return Payload(self._take(reading, choice, wire.dtype, scale), scale)
 
-    def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
-        return wire
-
     def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
         layout, residual = choice.slots.layout, reading.source
         good = _all_finite(total.arrived.values)
+        bad = torch.zeros_like(good) if reading.restored else ~good
         ops.settle_(
             residual, self._velocity_of(layout, residual), reading.grad, self.momentum, sent.values,
             None if sent.scale is None else 1 / sent.scale, choice.own, choice.slots.table_on(residual.device),
-            layout.block_size, reading.status, (~good).to(torch.int32).reshape(1),
+            layout.block_size, reading.status, bad.to(torch.int32).reshape(1),
         )  # fmt: skip
+        for state, before in reading.restored:
+            state.copy_(torch.where(good, state, before))
         if total.lost is not None:
             _add_lost(residual, choice, total.lost, good, 1.0)
         _scatter(total.arrived, total.rows, total.slots, total.to_mean, reading.grad)
-
-    def rescale(self, factor: float) -> None:
-        for store in self.stores().values():
-            store.scale(factor)
 
     def stores(self) -> dict[str, FlatStore]:
         return {"residual": self.residual} | ({} if self.velocity is None else {"velocity": self.velocity})
 
     def waiting(self) -> dict[str, torch.Tensor]:
-        """What has yet to be sent, 1-D, by parameter name."""
         return self.residual.views()
 
     def _take(self, reading, choice, dtype, scale):
@@ -140,7 +188,7 @@ class ErrorFeedback:
         return None if self.velocity is None else self.velocity.flat(layout, residual.dtype, residual.device)
 
 
-class ControlVariate:
+class ControlVariate(Memory):
     """ISEGA (1901.09437, Alg. 2) for a collective: h on every rank, its mean on all, differences on the wire.
 
     Ranks send (g_i - h_i) on their blocks; with S the sum of what arrived, the estimate is mean_h + S / (n tau), and
@@ -151,19 +199,17 @@ class ControlVariate:
         self.own = FlatStore()
         self.mean = FlatStore()
 
-    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool) -> Reading:
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
+        for store in self.stores().values():
+            store.change(slots.layout, wide(flat.dtype), flat.device, of.step)
         return _examined(flat, slots)
 
     def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
         dtype, device = wide(reading.grad.dtype), reading.grad.device
         own = self.own.flat(choice.slots.layout, dtype, device)
-        self.mean.flat(choice.slots.layout, dtype, device)  # made here: settle may run in several threads at once
         difference = _gather(reading.grad, choice, None, dtype) - _gather(own, choice, None, dtype)
         spoilt = (reading.status[-1:] & ops.NONFINITE) != 0
         return wire.pack(torch.where(spoilt, torch.full_like(difference, float("nan")), difference))
-
-    def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
-        return wire
 
     def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
         slots, grad = choice.slots, reading.grad
@@ -179,23 +225,16 @@ class ControlVariate:
             _add_lost(own, choice, total.lost, good, -1.0)
         grad.copy_(torch.where(good, estimate, torch.full_like(estimate, float("nan"))))
 
-    def rescale(self, factor: float) -> None:
-        for store in self.stores().values():
-            store.scale(factor)
-
     def stores(self) -> dict[str, FlatStore]:
         return {"own": self.own, "mean": self.mean}
 
-    def waiting(self) -> dict[str, torch.Tensor]:
-        return {}
 
-
-BY_NAME: dict[str | None, Callable[..., NoMemory | ErrorFeedback | ControlVariate]] = {
+BY_NAME: dict[str | None, Callable[..., Memory]] = {
     "none": NoMemory, "error_feedback": ErrorFeedback, "control_variate": ControlVariate,
 }  # fmt: skip
 
 
-def of(name: str | None, momentum: float) -> NoMemory | ErrorFeedback | ControlVariate:
+def of(name: str | None, momentum: float) -> Memory:
     """The memory that BlockSparse names. momentum: with error feedback only."""
     return BY_NAME[name](momentum) if momentum else BY_NAME[name]()
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.core.channel import Channel
 from thinwire.core.courier import Courier
 from thinwire.core.exchange import gather_objects
+from thinwire.core.memory import Pass
 from thinwire.core.stats import Stats
 from thinwire.ddp.hook import HookState
 from thinwire.ddp.mount import mount, restore_copied
@@ -95,8 +96,7 @@ class ElasticState(LateSteps, HookState):
     """
 
     def __init__(self, method: Elastic, module: torch.nn.Module, optimizer: torch.optim.Optimizer, **options):
-        super().__init__(method, module, runs=method.method, **options)
-        self._optimizer = optimizer
+        super().__init__(method, module, runs=method.method, optimizer=optimizer, **options)
         self._rule: Agreed | Arrival | None = None
         self._counts = {"buckets": 0, "late_buckets": 0}
         atexit.register(_remind, weakref.ref(self))
@@ -154,16 +154,30 @@ class ElasticState(LateSteps, HookState):
                 "Elastic does not work inside join(): a rank that has run out of data makes no steps, so it would not "
                 "apply what is late. Give all ranks the same number of batches, or use the method without Elastic"
             )
-        if bucket.index() == 0:
-            self._lrs = self._learning_rates()
-        one = Bucket(bucket.buffer(), names, numels, self._lrs, step, self._density_at(step))
+        were, flat = self._take_in(bucket, may_be_zero=True), bucket.buffer()
+        self._note_gradient(flat, step)
+        of = Pass(self._steps.number, again=bool(were))
+        one = Bucket(flat, names, numels, self._lrs, step, self._density_at(step), of, were)
         self._rule.take(one)
-        if bucket.is_last():
-            self._rule.end(step)
-            if step == 2 and bucket.index() < 2:
-                _log.warning("thinwire: DDP has put this model into %d bucket(s), so Elastic has little to choose from:"
-                             " give DistributedDataParallel a smaller bucket_cap_mb", bucket.index() + 1)  # fmt: skip
         return one.future
+
+    def _begin_pass(self):
+        super()._begin_pass()
+        self._lrs = self._learning_rates()
+
+    def _end_pass(self):
+        if self._rule is not None:
+            buckets = len(self._rule.buckets)
+            self._rule.end(self._step)
+            if self._step == 2 and buckets < 3:
+                _log.warning("thinwire: DDP has put this model into %d bucket(s), so Elastic has little to choose from:"
+                             " give DistributedDataParallel a smaller bucket_cap_mb", buckets)  # fmt: skip
+        super()._end_pass()
+
+    def _drop(self, names, step):
+        if self._rule is not None:
+            self._rule.was_dropped()
+        super()._drop(names, step)
 
     def _is_elastic(self):
         return self._rule is not None

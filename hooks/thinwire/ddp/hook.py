@@ -9,21 +9,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
+from thinwire.core.memory import Pass
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
+from thinwire.ddp.passes import Passes
 from thinwire.methods import Method
 from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_module, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
 from thinwire.state.names import parameter_names
+from thinwire.state.steps import check_own
 
 _log = logging.getLogger("thinwire")
 
 
 def attach_hook(ddp, method: Method, optimizer, **options) -> "HookState":
     """See ``thinwire.attach``."""
-    state = HookState(method, getattr(ddp, "module", None), **options)
+    state = HookState(method, getattr(ddp, "module", None), optimizer=optimizer, **options)
     check_model(ddp)
     check_optimizer_type(optimizer)
+    check_own(optimizer, parameter_names(ddp.module, ddp.parameters_to_ignore))
     check_momentum(method, optimizer)
     caution(method, optimizer, ddp.process_group.size())
     restore_copied(ddp)
@@ -37,20 +41,24 @@ class HookState(Occupant, GradientHandle):
 
     To register it by hand: ``ddp.register_comm_hook(thinwire.HookState(method, model), thinwire.hook)``, for loops
     that make the DistributedDataParallel themselves and take a hook and its state. module: what it wraps, whose
-    parameters' names the state is kept by. process_group: the one that it was given, the default one if none. Then
-    nothing checks the optimizer: with error feedback see to it yourself that its momentum is 0.
+    parameters' names the state is kept by. process_group: the one that it was given, the default one if none.
+    optimizer: as for ``thinwire.attach``; without it nothing sees which steps are made and nothing checks it: with
+    error feedback see to it yourself that its momentum is 0.
     """
 
     def __init__(self, method: Method, module: torch.nn.Module, *, process_group: dist.ProcessGroup | None = None,
-                 grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0, log: Any = None,
-                 runs: Method | None = None):  # fmt: skip
+                 optimizer: torch.optim.Optimizer | None = None, grad_scaler: torch.amp.GradScaler | None = None,
+                 consistency_every: int = 0, log: Any = None, runs: Method | None = None):  # fmt: skip
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         if isinstance(module, DistributedDataParallel):
             raise TypeError("HookState got a DistributedDataParallel as its module: pass the model that it wraps, "
                             "ddp.module, or call thinwire.attach(ddp, method)")  # fmt: skip
+        check_optimizer_type(optimizer)
         self.module = module
         self.seat = Seat(self)
         self._group = process_group
+        self._optimizer = optimizer
+        self._passes = Passes(self._begin_pass, self._end_pass)
         self._ignored = tuple(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP looks
         self._names: dict[torch.Tensor, str] | None = None
 
@@ -61,6 +69,8 @@ class HookState(Occupant, GradientHandle):
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take the process group from the model."""
         self._group, self._ignored = ddp.process_group, tuple(ddp.parameters_to_ignore)
+        may_skip = ddp.find_unused_parameters and getattr(ddp, "skip_all_reduce_unused_params", False)
+        self._passes = Passes(self._begin_pass, self._end_pass, may_skip)
         self._open()
 
     def _open(self) -> None:
@@ -70,6 +80,7 @@ class HookState(Occupant, GradientHandle):
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
         self._start(numels, self._group.rank(), self._group.size())
         self._channel = Channel(self._group, self._reducer, self._stats)
+        self._watch(self._names, self._optimizer)
         if self._group.size() == 1 and self._block_sparse.momentum:
             _log.warning("thinwire: on one rank nothing is averaged and no memory is kept, so there is no momentum "
                          "either: momentum=%g acts from two ranks on", self._block_sparse.momentum)  # fmt: skip
@@ -79,25 +90,48 @@ class HookState(Occupant, GradientHandle):
             check_module(self.module, self._ignored)
             self._open()
             caution(self.method, None, self._group.size())
+        self._passes.comes(bucket)
+        future = completed(bucket.buffer()) if self._group.size() == 1 else self._exchange(bucket, self._step)
+        self._passes.has_gone(bucket)
+        return future
+
+    def _begin_pass(self):
         self._agree(self._gather_objects)
-        if bucket.index() == 0:
-            self._channel.forget()
-            self._begin_step()
-        step = self._step
-        self._note_gradient(bucket.buffer(), step)
-        if bucket.is_last():
-            self._step += 1
-            self._stats.steps += 1
-        if self._group.size() == 1:
-            return completed(bucket.buffer())
-        return self._exchange(bucket, step)
+        self._channel.forget()
+        self._begin_step()
+        if self._steps is not None:
+            self._steps.begin_pass()
+
+    def _end_pass(self):
+        self._step += 1
+        self._stats.steps += 1
+        if self._steps is not None:
+            self._steps.end_pass()
 
     def _release(self):
         super()._release()
         self.seat.leave()
 
     def _exchange(self, bucket, step):
-        return self._channel.average(bucket.buffer(), *self._parameters_of(bucket), step, self._density_at(step))
+        were = self._take_in(bucket)
+        flat = bucket.buffer()
+        self._note_gradient(flat, step)
+        of = Pass(None if self._steps is None else self._steps.number, again=bool(were))
+        future = self._channel.average(flat, *self._parameters_of(bucket), step, self._density_at(step), of)
+        return future.then(lambda done: _with_what_was(done, flat, were)) if were else future
+
+    def _take_in(self, bucket, may_be_zero=False):
+        """Leave in the bucket what this pass has added to gradients. Returns what was there of earlier passes of the
+        same step, as (views of the bucket, tensors to be added again), or nothing."""
+        if self._steps is None:
+            return ()
+        found = self._steps.take_in(bucket.parameters(), may_be_zero)
+        if not found:
+            return ()
+        views = bucket.gradients()
+        were = [views[i] for i in found], list(found.values())
+        torch._foreach_sub_(*were)
+        return were
 
     def _parameters_of(self, bucket):
         """Names and numels, in order."""
@@ -113,3 +147,9 @@ class HookState(Occupant, GradientHandle):
 
     def _gather_objects(self, thing):
         return gather_objects(thing, self._group)
+
+
+def _with_what_was(done, flat, were):
+    done.value()  # raises if it failed
+    torch._foreach_add_(*were)
+    return flat

@@ -27,7 +27,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 class LateSteps:
-    """A mixin, before a Handle that has ``_names``, parameters' names by parameter, and ``_optimizer``.
+    """A mixin, before a GradientHandle that has ``_names``, parameters' names by parameter, and ``_optimizer``.
 
     ``finalize``, ``evaluating``, ``state_dict``, ``load_state_dict`` and ``close`` are to be called on every rank.
     """
@@ -52,6 +52,7 @@ class LateSteps:
         it is not finite. Raises RuntimeError inside ``evaluating()``.
         """
         self._refuse_if_evaluating("finalize()")
+        self._look()
         self._apply_pending()
         self._ledger.clear()
 
@@ -63,6 +64,7 @@ class LateSteps:
         inside another ``evaluating()``; training, ``finalize()`` and ``state_dict()`` raise it in the body.
         """
         self._refuse_if_evaluating("evaluating()")
+        self._look()
         parameters = self._by_name()
         saved = {name: p.detach().clone() for name, p in parameters.items()}
         states = {p: copy.deepcopy(self._optimizer.state.get(p)) for p in parameters.values()}
@@ -88,6 +90,7 @@ class LateSteps:
         """As of any method, and what is late, landed. Save the model beside it as it is: RuntimeError inside
         ``evaluating()``, since what is late would be applied twice."""
         self._refuse_if_evaluating("state_dict()")
+        self._look()
         self._land()
         late = [
             {"step": one.step, "lr": {name: lr for name, (_, lr) in one.parts().items()},
@@ -123,6 +126,15 @@ class LateSteps:
                         tuple(one["lr"][name] for name in tensors))  # fmt: skip
             late.landed.set()
             self._ledger.add(late)
+
+    def _drop(self, names, step):
+        self._land()  # what is under way is encoded in a thread, and memory must have taken it in to put it back
+        self._ledger.put_back(names)
+        super()._drop(names, step)
+
+    def _keep(self, names, step):
+        self._ledger.keep(names)
+        super()._keep(names, step)
 
     def _rescale(self, factor):
         self._land()
@@ -169,7 +181,8 @@ class LateSteps:
                     total = sum(part * factor(self._names[p], lr) for part, lr in parts) / (self._scale or 1.0)
                     p.grad = self._unflattened(total, p) if parts else None
             if all(bool(torch.isfinite(p.grad).all()) for p, _ in gradients if p.grad is not None):
-                self._make_step()
+                with contextlib.nullcontext() if self._steps is None else self._steps.ignoring():
+                    self._make_step()
             else:
                 _log.warning("thinwire: what was late is not finite, and is dropped")
         finally:

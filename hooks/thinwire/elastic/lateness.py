@@ -4,9 +4,10 @@ Every average that is late is in the :class:`Ledger` from the step that issued i
 step's gradient, once, parameter by parameter, because DDP may have put them into other buckets meanwhile.
 """
 
+import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ import torch
 # From a parameter's name and the learning rate when its gradient was issued to what to multiply that by when it is
 # applied now; None where it has to wait.
 Factor = Callable[[str, float], float | None]
+
+OUTLIER = 10.0  # times the norm of the step before
+_numbers = itertools.count()
 
 
 def heaviest(norms: Sequence[float], beta: float) -> set[int]:
@@ -33,6 +37,28 @@ def heaviest(norms: Sequence[float], beta: float) -> set[int]:
     return chosen
 
 
+class Usual:
+    """Notices a step whose gradient is far larger than that of the step before.
+
+    Loops clip such gradients, or leave their step out, by the norm that they see in that step: nothing of it may be
+    late, or it would meet another step's.
+    """
+
+    def __init__(self) -> None:
+        self._norms: list[float] = []
+
+    def outlies(self, norm: float) -> bool:
+        """Whether a step of this norm does; it is the step before from now on."""
+        before = self._norms[-1] if self._norms else math.inf
+        if math.isfinite(norm):
+            self._norms = [*self._norms[-1:], norm]
+        return norm > OUTLIER * before
+
+    def forget(self) -> None:
+        """The last one was not made."""
+        self._norms = self._norms[:-1]
+
+
 class Late:
     """One bucket's gradient of one step: flat [N] is this rank's until it has ``landed``, and then the average.
 
@@ -43,8 +69,10 @@ class Late:
     def __init__(self, step: int, names: tuple[str, ...], numels: tuple[int, ...], flat: torch.Tensor,
                  lrs: tuple[float, ...], own: torch.Tensor | None = None):  # fmt: skip
         self.step, self.names, self.flat, self.own = step, names, flat, own
+        self.number = next(_numbers)
         self.landed = threading.Event()
-        self._parts = {name: (view, lr) for name, view, lr in zip(names, flat.split(numels), lrs, strict=True)}
+        self._all = {name: (view, lr) for name, view, lr in zip(names, flat.split(numels), lrs, strict=True)}
+        self._parts = dict(self._all)
 
     def land(self) -> None:
         """The average is here."""
@@ -61,15 +89,26 @@ class Late:
         """A part has been applied."""
         del self._parts[name]
 
+    def take_back(self, name: str) -> None:
+        """It has not, after all."""
+        self._parts[name] = self._all[name]
+
 
 class Ledger:
-    """The late gradients of one rank, in the order of their steps."""
+    """The late gradients of one rank, in the order of their steps.
+
+    What a step of the optimizer that has yet to be made has issued and been given can be put back: ``put_back``; once
+    it is made, ``keep``.
+    """
 
     def __init__(self) -> None:
         self.lates: list[Late] = []
+        self._issued: list[Late] = []
+        self._given: list[tuple[Late, str]] = []
 
     def add(self, late: Late) -> None:
         self.lates.append(late)
+        self._issued.append(late)
 
     def deliver(self, lates: list[Late], bucket: Any, factor: Factor) -> None:
         """Add what these, which have landed, hold of a bucket's parameters to its flat, once.
@@ -84,14 +123,33 @@ class Ledger:
                 if name in views and (times := factor(name, lr)) is not None:
                     views[name].add_(part, alpha=times)
                     late.give_up(name)
-        self.lates = [late for late in self.lates if late.parts()]
+                    self._given.append((late, name))
+        self._sort_out()
 
     def drop(self, step: int) -> None:
         """Forget what this step issued."""
         self.lates = [late for late in self.lates if late.step != step]
 
+    def put_back(self, names: Collection[str]) -> None:
+        """The step is not made with these parameters' gradients: what it issued of them is void, and what it was given
+        has yet to be applied."""
+        for late in self._issued:
+            for name in late.parts().keys() & names:
+                late.give_up(name)
+        for late, name in self._given:
+            if name in names and late not in self._issued:
+                late.take_back(name)
+        self.lates = sorted({*self.lates, *(late for late, _ in self._given)}, key=lambda late: late.number)
+        self._sort_out()
+        self.keep(names)
+
+    def keep(self, names: Collection[str]) -> None:
+        """The step is made with these parameters' gradients."""
+        self._given = [(late, name) for late, name in self._given if name not in names]
+        self._issued = [late for late in self._issued if late.parts().keys() - names]
+
     def clear(self) -> None:
-        self.lates = []
+        self.lates, self._issued, self._given = [], [], []
 
     def pending(self) -> dict[str, list[tuple[torch.Tensor, float]]]:
         """All that has yet to be applied of each parameter, each with its learning rate; all must have landed."""
@@ -103,5 +161,8 @@ class Ledger:
 
     def scale(self, factor: float) -> None:
         """Multiply all that waits; all must have landed."""
-        for late in self.lates:
+        for late in {*self.lates, *(late for late, _ in self._given)}:
             late.flat *= factor
+
+    def _sort_out(self):
+        self.lates = [late for late in self.lates if late.parts()]

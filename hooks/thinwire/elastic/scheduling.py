@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from thinwire.core.channel import Channel
 from thinwire.core.courier import Courier
+from thinwire.core.memory import Pass
 from thinwire.core.stats import Stats, ring_all_reduce_bytes
-from thinwire.elastic.lateness import Factor, Late, Ledger, heaviest
+from thinwire.elastic.lateness import Factor, Late, Ledger, Usual, heaviest
 from thinwire.methods import Elastic
 
 
@@ -32,12 +33,14 @@ class Lane:
 class Bucket:
     """One of DDP's buckets in one step: flat [N] is what DDP gets when ``give`` is called.
 
-    lrs: the learning rates now, by parameter name.
+    lrs: the learning rates now, by parameter name. of: see memory.Pass. were: views of flat, and what is to be added
+    to them in the end, of earlier passes of the same step; or nothing.
     """
 
     def __init__(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], lrs: dict[str, float],
-                 step: int, density: float | None):  # fmt: skip
+                 step: int, density: float | None, of: Pass, were: tuple):  # fmt: skip
         self.flat, self.names, self.numels, self.lrs, self.step, self.density = flat, names, numels, lrs, step, density
+        self.of, self.were = of, were
         self.averaged = threading.Event()
         self.norms = torch.stack(torch._foreach_norm(list(flat.split(numels)), 2, torch.float64))
         self.late: Late | None = None
@@ -49,6 +52,10 @@ class Bucket:
         self.late = Late(self.step, self.names, self.numels, self.flat.clone(),
                          tuple(self.lrs[name] for name in self.names))  # fmt: skip
         return self.late
+
+    def add_what_was(self) -> None:
+        if self.were:
+            torch._foreach_add_(*self.were)
 
     def give(self) -> None:
         if not self._ready.done():
@@ -90,6 +97,9 @@ class Rule:
     def forget_late(self) -> None:
         """Forget which buckets were to be late in the next step."""
 
+    def was_dropped(self) -> None:
+        """The step that was given last is not made."""
+
     def land_all(self) -> None:
         """Wait until nothing is under way."""
         for lane in self.lanes:
@@ -110,7 +120,8 @@ class Rule:
     def _average(self, lane, bucket, flat, done):
         """Start averaging flat in a courier's job; ``done`` is called when that is over."""
         lane.channel.forget()
-        future = lane.channel.average(flat, bucket.names, bucket.numels, bucket.step, bucket.density)
+        future = lane.channel.average(flat, bucket.names, bucket.numels, bucket.step, bucket.density,
+                                      bucket.of)  # fmt: skip
         if flat.is_cuda:  # where a future is done before the device is
             future.wait()
             torch.cuda.current_stream().synchronize()
@@ -148,16 +159,21 @@ class Agreed(Rule):
 
     At the end of a step the norms of all its buckets are added up over the ranks. From that every rank knows which
     buckets will be late in the next step, and whether some rank's gradient is not finite: then the whole step is bad
-    on all ranks, late buckets included, as it is without lateness, and what is due waits for the next good step.
+    on all ranks, late buckets included, as it is without lateness, and what is due waits for the next good step. And
+    whether this step's gradient is far larger than the last: then it waits for all of its buckets (see Usual).
     """
 
     def _prepare(self):
         self.now, self.later = self.lanes
+        self._usual = Usual()
         self._will_be_late: set[tuple[str, ...]] = set()
 
     def forget_late(self) -> None:
         """Wait for every bucket of the next step."""
         self._will_be_late = set()
+
+    def was_dropped(self) -> None:
+        self._usual.forget()
 
     def take(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
@@ -195,7 +211,10 @@ class Agreed(Rule):
         if self.may_be_unused:
             for bucket, some in zip(buckets, norms):
                 _give_up_unused(bucket, some)
-        due = [late for late in self.ledger.lates if late.step <= step - self.method.max_delay]
+        until = step - self.method.max_delay
+        if self._usual.outlies(math.fsum(norm for some in norms for norm in some)):
+            until = step
+        due = [late for late in self.ledger.lates if late.step <= until]
         for arrival in [late.landed for late in due] + [b.averaged for b in buckets if b.late is None]:
             arrival.wait()
         for lane in self.lanes:
@@ -300,6 +319,8 @@ def _only(names, factor):
 
 
 def _finish(buckets):
+    for bucket in buckets:
+        bucket.add_what_was()
     if buckets[0].flat.is_cuda:
         torch.cuda.current_stream().synchronize()
     for bucket in buckets:

@@ -1,6 +1,8 @@
 """Gradients averaged by a reducer: the handle of BlockSparse, Dense and what runs them late."""
 
 import math
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +11,10 @@ from thinwire.consistency import measure as consistency
 from thinwire.consistency.controller import DensityController
 from thinwire.core.reducer import Reducer
 from thinwire.core.wire import Wire
-from thinwire.methods import Method, block_sparse
+from thinwire.methods import Dense, Method, block_sparse
 from thinwire.state import agree, checkpoint
 from thinwire.state.handle import Handle
+from thinwire.state.steps import Steps
 
 EVERY_IF_AUTO = 10  # steps from one measurement to the next with density="auto" and no consistency_every
 
@@ -29,6 +32,7 @@ class GradientHandle(Handle):
         self._agreed = False
         self._reducer: Reducer | None = None
         self._waiting_state = None
+        self._steps: Steps | None = None
         self._controller = None
         if self._block_sparse.automatic:
             limits = self._block_sparse
@@ -58,6 +62,7 @@ class GradientHandle(Handle):
         """
         if self._reducer is None:
             raise RuntimeError("consistency(): there is no model yet; call it after the first step")
+        self._look()
         waits, alone = self._apart()
         scale = self._scale or 1.0
         squares, self._squares = self._squares, []
@@ -83,6 +88,7 @@ class GradientHandle(Handle):
         """
         if self._reducer is None:
             raise RuntimeError("state_dict(): this HookState has no model yet; call it after the first backward pass")
+        self._look()
         scale = 0.0 if self._scale is None else self._scale
         controller = {} if self._controller is None else self._controller.state_dict()
         return checkpoint.save(self.method, self._reducer) | {
@@ -107,8 +113,28 @@ class GradientHandle(Handle):
                 self._rescale(1 / self._scale)  # it was saved under a GradScaler
                 self._scale = 1.0
 
+    def skip_step(self) -> None:
+        """The optimizer makes no step with the gradients that there are: the memory is as if their backward passes had
+        not been, and what was late and is in them is late again.
+
+        Call it in the place of ``optimizer.step()``, on every rank that leaves the step out. With ``optimizer=`` a step
+        that is left out is also noticed by itself, once the gradients have been cleared, and there this does nothing
+        more. Raises RuntimeError where there is a memory and no optimizer was given, for then nothing is kept that it
+        could go back to.
+        """
+        if self.closed or self._steps is None:
+            return
+        if self._steps.number is None and self._reducer.memory.stores():
+            raise RuntimeError(
+                f"skip_step() with {self.method!r}, which remembers gradients, and without optimizer=: what its memory "
+                "was before the step is kept only where steps can be seen: pass optimizer= where the handle is made"
+            )
+        self._steps.skip()
+
     def _release(self):
         super()._release()
+        if self._steps is not None:
+            self._steps.close()
         if self._reducer is not None:
             for store in self._reducer.memory.stores().values():
                 store.clear()
@@ -127,6 +153,25 @@ class GradientHandle(Handle):
         if self._waiting_state is not None:
             state, self._waiting_state = self._waiting_state, None
             self.load_state_dict(state)
+
+    def _watch(self, named: Mapping[torch.Tensor, str], optimizer: torch.optim.Optimizer | None) -> None:
+        """Find out which backward passes belong to a step, where that makes a difference: see thinwire.state.steps."""
+        if self._world_size > 1 and not isinstance(self.method, Dense):
+            weak = weakref.ref(self)
+            self._steps = Steps(named, optimizer, _calling(weak, "_drop"), _calling(weak, "_keep"))
+
+    def _look(self) -> None:
+        """What was dropped without a word is not to be seen in a state, a figure or an end."""
+        if self._steps is not None:
+            self._steps.look()
+
+    def _drop(self, names: set[str], step: int) -> None:
+        """The step will not be made with these parameters' gradients."""
+        self._reducer.memory.put_back(names, step)
+
+    def _keep(self, names: set[str], step: int) -> None:
+        """It has been made."""
+        self._reducer.memory.keep(names, step)
 
     def _agree(self, all_gather_object) -> None:
         """Compare with the other ranks, once; see thinwire.state.agree."""
@@ -180,3 +225,13 @@ class GradientHandle(Handle):
 
     def _rescale(self, factor: float) -> None:
         self._reducer.memory.rescale(factor)
+
+
+def _calling(weak: "weakref.ref[GradientHandle]", name: str) -> Callable[[set[str], int], None]:
+    """A handle's method, without holding the handle: the optimizer's hooks hold this."""
+
+    def call(names, step):
+        if (handle := weak()) is not None:
+            getattr(handle, name)(names, step)
+
+    return call
