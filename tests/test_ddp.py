@@ -499,8 +499,8 @@ def estimated(rank, n, methods, cap):
     for method in methods:
         model = mlp()
         ddp = wrap(model, bucket_cap_mb=cap)
-        handle = attach(ddp, method, sgd(ddp))
         optimizer, batches = sgd(ddp), data(rank)
+        handle = attach(ddp, method, optimizer)
         last = max(2, method.warmup_steps + method.ramp_steps)  # DDP has its final buckets by then
         for _ in range(last):
             step(ddp, optimizer, next(batches))

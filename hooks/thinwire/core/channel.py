@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.core.exchange import AllGather, OwnerExchange, gather_now
-from thinwire.core.memory import Pass, wide
+from thinwire.core.memory import UNKNOWN, Pass, wide
 from thinwire.core.reducer import Reducer
 from thinwire.core.stats import Stats, ring_all_reduce_bytes
 
@@ -26,7 +26,7 @@ class Channel:
         self._alive.clear()
 
     def average(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], step: int,
-                density: float | None = None, of: Pass = Pass()) -> torch.futures.Future[torch.Tensor]:  # fmt: skip
+                density: float | None = None, of: Pass = UNKNOWN) -> torch.futures.Future[torch.Tensor]:  # fmt: skip
         """Start averaging flat [N] in place; the future's value is flat. See Reducer.encode."""
         begin = time.perf_counter()
         stats = self._stats

@@ -30,6 +30,9 @@ class Pass:
     again: bool = False
 
 
+UNKNOWN = Pass()
+
+
 @dataclass
 class Reading:
     """A flat gradient as a memory presents it: source [N] to send from, and what thinwire.ops says of its blocks.

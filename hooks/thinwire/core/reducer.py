@@ -11,7 +11,7 @@ import torch
 
 from thinwire.core import memory, selection
 from thinwire.core.blocks import Layout, Slots
-from thinwire.core.memory import Pass, Reading, Sum
+from thinwire.core.memory import UNKNOWN, Pass, Reading, Sum
 from thinwire.core.selection import Choice, Question
 from thinwire.core.wire import Arrived, Payload, Wire
 from thinwire.methods import BlockSparse
@@ -49,7 +49,7 @@ class Reducer:
         self._slots: dict[tuple[str, ...], Slots] = {}
 
     def encode(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], step: int,
-               all_gather: _Gather | None, density: float | None = None, of: Pass = Pass()) -> Encoded:  # fmt: skip
+               all_gather: _Gather | None, density: float | None = None, of: Pass = UNKNOWN) -> Encoded:  # fmt: skip
         """Choose and pack what this rank sends of flat [N]; memory takes in the rest.
 
         names and numels: the parameters in flat, in order. all_gather: see selection.Question. density: of this step,

@@ -11,7 +11,7 @@ from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
 from thinwire.core.memory import Pass
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
-from thinwire.ddp.passes import Passes
+from thinwire.ddp.passes import Passes, may_skip
 from thinwire.methods import Method
 from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_module, check_momentum, check_optimizer_type
@@ -58,7 +58,7 @@ class HookState(Occupant, GradientHandle):
         self.seat = Seat(self)
         self._group = process_group
         self._optimizer = optimizer
-        self._passes = Passes(self._begin_pass, self._end_pass)
+        self._passes = Passes()
         self._ignored = tuple(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP looks
         self._names: dict[torch.Tensor, str] | None = None
 
@@ -69,8 +69,7 @@ class HookState(Occupant, GradientHandle):
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take the process group from the model."""
         self._group, self._ignored = ddp.process_group, tuple(ddp.parameters_to_ignore)
-        may_skip = ddp.find_unused_parameters and getattr(ddp, "skip_all_reduce_unused_params", False)
-        self._passes = Passes(self._begin_pass, self._end_pass, may_skip)
+        self._passes = Passes(may_skip(ddp))
         self._open()
 
     def _open(self) -> None:
@@ -90,9 +89,15 @@ class HookState(Occupant, GradientHandle):
             check_module(self.module, self._ignored)
             self._open()
             caution(self.method, None, self._group.size())
-        self._passes.comes(bucket)
-        future = completed(bucket.buffer()) if self._group.size() == 1 else self._exchange(bucket, self._step)
-        self._passes.has_gone(bucket)
+        if self._passes.begins(bucket, self._end_pass):
+            self._begin_pass()
+        if self._group.size() == 1:
+            self._note_gradient(bucket.buffer(), self._step)
+            future = completed(bucket.buffer())
+        else:
+            future = self._exchange(bucket, self._step)
+        if self._passes.ends(bucket):
+            self._end_pass()
         return future
 
     def _begin_pass(self):

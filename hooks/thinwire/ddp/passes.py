@@ -4,35 +4,38 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Passes:
-    """Calls ``begin`` before the first bucket of every pass, and ``end`` after its last.
+    """Which bucket begins a pass and which ends it.
 
     DDP gives buckets in the order of their index, the last one saying that it is. But with
-    skip_all_reduce_unused_params it leaves out those that no rank uses, the first and the last of a pass too: ``may_skip``.
-    Then the pass is over when autograd has run through it, and that is before DDP waits for any bucket.
+    skip_all_reduce_unused_params (``may_skip``) it leaves out those that no rank uses, the first and the last of a pass
+    too. Then the pass is over when autograd has run through it, which is before DDP waits for any bucket.
     """
 
-    def __init__(self, begin: Callable[[], None], end: Callable[[], None], may_skip: bool = False):
-        self._begin, self._end = begin, end
+    def __init__(self, may_skip: bool = False):
         self._may_skip = may_skip
         self._last: int | None = None  # index of the pass's last bucket so far; None between passes
 
-    def comes(self, bucket: dist.GradBucket) -> None:
-        """Call it first in the hook's body."""
-        if self._last is None or bucket.index() <= self._last:  # the pass before broke off
-            self._begin()
-            if self._may_skip and torch._C._current_graph_task_id() != -1:  # none in what join() sends for a rank
-                torch.autograd.Variable._execution_engine.queue_callback(self._over)
+    def begins(self, bucket: dist.GradBucket, end: Callable[[], None]) -> bool:
+        """Whether a pass begins with this bucket. end: called where autograd alone knows that it is over."""
+        begins = self._last is None or bucket.index() <= self._last  # the pass before broke off
+        if begins and self._may_skip and torch._C._current_graph_task_id() != -1:  # none in what join() sends
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: end() if self._over() else None)
         self._last = bucket.index()
+        return begins
 
-    def has_gone(self, bucket: dist.GradBucket) -> None:
-        """Call it last."""
-        if bucket.is_last():
-            self._over()
+    def ends(self, bucket: dist.GradBucket) -> bool:
+        """Whether it was the last one of its pass; ask when it has been dealt with."""
+        return bucket.is_last() and self._over()
 
     def _over(self):
-        if self._last is not None:
-            self._last = None
-            self._end()
+        was_open, self._last = self._last is not None, None
+        return was_open
+
+
+def may_skip(ddp: DistributedDataParallel) -> bool:
+    """Whether buckets can be left out; versions of PyTorch that cannot have no such attribute."""
+    return ddp.find_unused_parameters and getattr(ddp, "skip_all_reduce_unused_params", False)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.consistency.measure import check_log
 from thinwire.core.exchange import gather_objects
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
+from thinwire.ddp.passes import Passes, may_skip
 from thinwire.methods import DivideAndShuffle
 from thinwire.replicas.agreement import agreed_partitions, check_optimizer
 from thinwire.replicas.groups import Groups
@@ -85,6 +86,7 @@ class LocalGradients(Occupant):
         self.seat = Seat(self)
         self.broadcast_buffers = ddp.broadcast_buffers  # as it was
         self._group = ddp.process_group
+        self._passes = Passes(may_skip(ddp))
         self._ddp, self._replicas = weakref.ref(ddp), weakref.ref(replicas)
 
     @property
@@ -108,5 +110,7 @@ class LocalGradients(Occupant):
                 "DivideAndShuffle does not work inside join(): a rank that has run out of data makes no steps, and the "
                 "others of its group would wait for it. Give all ranks the same number of batches"
             )
-        replicas.note_gradients()
+        if self._passes.begins(bucket, lambda: None):
+            replicas.begin_pass()
+        self._passes.ends(bucket)
         return completed(bucket.buffer())

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from thinwire.core.memory import Pass
 from thinwire.core.reducer import Encoded
 from thinwire.core.selection import BY_NAME
 from thinwire.core.stats import ring_all_reduce_bytes
@@ -31,10 +32,14 @@ _log = logging.getLogger("thinwire")
 
 @dataclass
 class _InFlight:
-    """One parameter's gradient between compress and decompress; encoded is None where decompress does the work."""
+    """One parameter's gradient between compress and decompress; encoded is None where decompress does the work.
+
+    was: what was in it of earlier passes of the same step, which is not averaged again.
+    """
 
     name: str
     grad: torch.Tensor
+    was: torch.Tensor | None = None
     encoded: Encoded | None = None
     over: tuple | None = None
     since: float = 0.0
@@ -69,9 +74,10 @@ class GradientCompressor(GradientHandle):
                 "torch.float16 or torch.float32"
             )
         check_momentum(runs, optimizer)
+        self._sees_steps = optimizer is not None
         self._set = hvd.global_process_set if process_set is None else process_set
         self._parameters = _trainable(named_parameters)
-        self._steps = dict.fromkeys((name for name, _ in self._parameters), 0)
+        self._passes = dict.fromkeys((name for name, _ in self._parameters), 0)
         self._next = 0
         self._defers = selection.talks
         self._deferred: dict[str, _InFlight] = {}
@@ -83,6 +89,8 @@ class GradientCompressor(GradientHandle):
             self._start({name: p.numel() for name, p in self._parameters}, self._set.rank(), n, wire)
             caution(runs, optimizer, n)
 
+    _may_be_zero = False
+
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _InFlight | None]:
         """The gradient of one of the named parameters as what Horovod is to add up; called by Horovod."""
         if self.closed:
@@ -90,22 +98,29 @@ class GradientCompressor(GradientHandle):
         begin = time.perf_counter()
         if not self._agreed:
             self._check_process_set()
+        if self._steps is None:
+            # Horovod steps another optimizer than the one that it was given.
+            self._watch({p: name for name, p in self._parameters},
+                        self._calling_optimizer() if self._sees_steps else None)  # fmt: skip
         self._agree(self._gather_objects)
-        name = self._name_of(tensor)
+        name, parameter = self._owner_of(tensor)
         step = self._count_step(name)
+        was = None if self._steps is None else self._steps.take_in([parameter], self._may_be_zero).get(0)
+        if was is not None:
+            tensor -= was
         self._note_gradient(tensor, step)
         self._stats.dense_bytes += self._ring_bytes(tensor)
         if self._defers:
-            self._deferred[name] = _InFlight(name, tensor)
+            self._deferred[name] = _InFlight(name, tensor, was)
             one = torch.ones(1, device=tensor.device)
             self._stats.count_bytes(self._ring_bytes(one))
             return one, self._deferred[name]
-        encoded, values, over = self._encode(tensor.reshape(-1), (name,), (tensor.numel(),), step)
+        encoded, values, over = self._encode(tensor.reshape(-1), (name,), (tensor.numel(),), step, was is not None)
         if values is encoded.payload.values and self._block_sparse.memory != "none":
             values = values.clone()  # Horovod adds up in place, and memory is still to be told what was sent
         now = time.perf_counter()
         self._stats.encode_s += now - begin
-        return values, _InFlight(name, tensor, encoded, over, now)
+        return values, _InFlight(name, tensor, was, encoded, over, now)
 
     def decompress(self, tensor: torch.Tensor, context: _InFlight | None) -> torch.Tensor:
         """The averaged gradient from what Horovod added up; called by Horovod."""
@@ -113,15 +128,10 @@ class GradientCompressor(GradientHandle):
             return tensor
         if context is None:
             raise TypeError("a gradient is sparse: make its module with sparse=False; thinwire needs dense ones")
-        if context.encoded is None:
-            if context.name not in self._averaged:
-                self._exchange_deferred(round(float(tensor)))  # gradient_predivide_factor leaves rounding errors
-            return self._averaged.pop(context.name).view(context.grad.shape)
-        begin = time.perf_counter()
-        self._stats.exchange_s += begin - context.since
-        self._decode(context.encoded, tensor, context.over, 1.0)
-        self._stats.decode_s += time.perf_counter() - begin
-        return context.encoded.reading.grad.view(context.grad.shape)
+        if self._steps is not None:
+            self._steps.end_pass()
+        averaged = self._averaged_of(tensor, context).view(context.grad.shape)
+        return averaged if context.was is None else averaged.add_(context.was)
 
     def state_dict(self) -> dict:
         if self._reducer is None:
@@ -130,14 +140,28 @@ class GradientCompressor(GradientHandle):
 
     def _put_back(self, shard):
         super()._put_back(shard)
-        self._steps = dict.fromkeys(self._steps, self._step)
+        self._passes = dict.fromkeys(self._passes, self._step)
+
+    def _averaged_of(self, tensor, context):
+        """A parameter's averaged gradient, from what Horovod added up."""
+        if context.encoded is None:
+            if context.name not in self._averaged:
+                self._exchange_deferred(round(float(tensor)))  # gradient_predivide_factor leaves rounding errors
+            return self._averaged.pop(context.name)
+        begin = time.perf_counter()
+        self._stats.exchange_s += begin - context.since
+        self._decode(context.encoded, tensor, context.over, 1.0)
+        self._stats.decode_s += time.perf_counter() - begin
+        return context.encoded.reading.grad
 
     def _count_step(self, name):
         """The number of the step that this parameter begins; parameters begin a step one after the other."""
-        step = self._steps[name]
-        self._steps[name] = step + 1
+        step = self._passes[name]
+        self._passes[name] = step + 1
         if step == self._step:
             self._begin_step()
+            if self._steps is not None:
+                self._steps.begin_pass()
             self._step += 1
             self._stats.steps += 1
         return step
@@ -149,7 +173,8 @@ class GradientCompressor(GradientHandle):
             flat = torch.cat([one.grad.reshape(-1) for one in group])
             names = tuple(one.name for one in group)
             numels = tuple(one.grad.numel() for one in group)
-            encoded, values, over = self._encode(flat, names, numels, self._steps[names[0]] - 1)
+            again = any(one.was is not None for one in group)
+            encoded, values, over = self._encode(flat, names, numels, self._passes[names[0]] - 1, again)
             sending = time.perf_counter()
             total = hvd.allreduce(values, op=hvd.Sum, name="thinwire.payload", process_set=self._set)
             arriving = time.perf_counter()
@@ -168,10 +193,11 @@ class GradientCompressor(GradientHandle):
             kinds.setdefault((str(grad.dtype), str(grad.device)), []).append(deferred[name])
         return [kinds[kind] for kind in sorted(kinds)]
 
-    def _encode(self, flat, names, numels, step):
+    def _encode(self, flat, names, numels, step, again):
         """Encoded, the values that Horovod is to add up, and over: see Reducer.decode. One parameter, where ranks
-        choose different blocks."""
-        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, self._density_at(step))
+        choose different blocks. again: see memory.Pass."""
+        of = Pass(None if self._steps is None else self._steps.number, again)
+        encoded = self._reducer.encode(flat, names, numels, step, self._gather_now, self._density_at(step), of)
         values, over = encoded.payload.values, None
         if not encoded.choice.common:
             values, over = _widen_to_union(encoded)
@@ -183,14 +209,14 @@ class GradientCompressor(GradientHandle):
         inverses = None if scale is None else (1 / scale).reshape(1)
         self._reducer.decode(encoded, Arrived(total[None], inverses), over=over, divide_by=divide_by)
 
-    def _name_of(self, tensor):
-        """Which parameter's gradient this is. Horovod does not say, and ids of gradients are used again."""
+    def _owner_of(self, tensor):
+        """Name and parameter whose gradient this is. Horovod does not say, and ids of gradients are used again."""
         for i in range(len(self._parameters)):
             name, parameter = self._parameters[self._next - i]
             if parameter.grad is tensor:
                 self._next -= i + 1  # backward runs through the parameters from the last to the first
                 self._next %= len(self._parameters)
-                return name
+                return name, parameter
         raise ValueError(
             f"compress got a tensor of shape {tuple(tensor.shape)} that is no named parameter's gradient: give "
             "Compressor the named_parameters of the model that this optimizer trains (op=Adasum and sparse_as_dense, "

@@ -18,7 +18,7 @@ import torch
 from thinwire.core.reducer import Encoded
 from thinwire.core.selection import BY_NAME
 from thinwire.elastic.late_steps import LateSteps, check_optimizer
-from thinwire.elastic.lateness import Late, heaviest
+from thinwire.elastic.lateness import Late, Usual, heaviest
 from thinwire.horovod.compressor import GradientCompressor, _InFlight
 from thinwire.horovod.stock import hvd
 from thinwire.methods import Elastic
@@ -29,11 +29,12 @@ _numbers = itertools.count()
 
 @dataclass
 class _Gradients:
-    """Gradients of some parameters, one after the other in flat [N]."""
+    """Gradients of some parameters, one after the other in flat [N]. again: see memory.Pass."""
 
     names: tuple[str, ...]
     numels: tuple[int, ...]
     flat: torch.Tensor
+    again: bool = False
 
     def views(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self.flat.split(self.numels), strict=True))
@@ -80,6 +81,8 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         self._number = self._label = next(_numbers)
         self._defers |= self._is_elastic()
         self._late_next: frozenset[str] = frozenset()
+        self._usual = Usual()
+        self._may_be_zero = self._is_elastic()
         self._under_way: list[_Sent] = []
         self._counts = {"buckets": 0, "late_buckets": 0}
 
@@ -115,6 +118,10 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         super()._put_back(shard)
         self._late_next = frozenset(shard.get("late_next", ()))
 
+    def _drop(self, names, step):
+        self._usual.forget()
+        super()._drop(names, step)
+
     def _exchange_deferred(self, ones_added):
         if not self._is_elastic():
             return super()._exchange_deferred(ones_added)
@@ -123,6 +130,8 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         norms = self._added_norms(groups)
         waited = heaviest(list(norms.values()), self.method.beta)
         self._late_next = frozenset(name for i, name in enumerate(norms) if i not in waited)
+        if self._usual.outlies(math.fsum(norms.values())):
+            late_now = frozenset()
         if not all(map(math.isfinite, norms.values())):  # what is due waits for a good step
             for one in (one for group in groups for one in group):
                 self._averaged[one.name] = torch.full_like(one.grad, math.nan).reshape(-1)
@@ -160,13 +169,13 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         together = BY_NAME[self._block_sparse.selection].talks
         return [
             _Gradients(tuple(one.name for one in some), tuple(one.grad.numel() for one in some),
-                       torch.cat([one.grad.reshape(-1) for one in some]))
+                       torch.cat([one.grad.reshape(-1) for one in some]), any(one.was is not None for one in some))
             for some in ([chosen] if together and chosen else [[one] for one in chosen])
         ]  # fmt: skip
 
     def _send(self, unit, name, step, divide_by, late=None):
         begin = time.perf_counter()
-        encoded, values, over = self._encode(unit.flat, unit.names, unit.numels, step)
+        encoded, values, over = self._encode(unit.flat, unit.names, unit.numels, step, unit.again)
         handle = hvd.allreduce_async(values, op=hvd.Sum, name=name, process_set=self._set)
         self._stats.encode_s += time.perf_counter() - begin
         return _Sent(encoded, handle, over, divide_by, late)

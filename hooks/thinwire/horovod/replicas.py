@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,7 +54,7 @@ class DivideAndShuffleAverager(Replicas):
         _sets.update({tuple(sorted(one.ranks)): one for one in process_sets})
         super().__init__(model, optimizer, method, ProcessSets(partitions), partitions, grad_scaler,
                          consistency_every=consistency_every, log=log)  # fmt: skip
-
+        self._pass_hook = parameters[0][1].register_post_accumulate_grad_hook(_beginning(weakref.ref(self)))
 
     def close(self) -> None:
         """As of any method, but for what comes then: Horovod averages in its own optimizer only, and this one is plain.
@@ -62,8 +63,17 @@ class DivideAndShuffleAverager(Replicas):
 
     def _release(self):
         super()._release()
+        self._pass_hook.remove()
         _log.warning("thinwire: DivideAndShuffleAverager is closed, and nothing averages this model any more: make an "
                      "hvd.DistributedOptimizer of its optimizer to train on")  # fmt: skip
+
+
+def _beginning(weak):
+    def begin(parameter):
+        if (averager := weak()) is not None:
+            averager.begin_pass()
+
+    return begin
 
 
 class ProcessSets:

@@ -18,6 +18,7 @@ from thinwire.replicas.stepping import StepHooks
 from thinwire.state import agree
 from thinwire.state.handle import Handle
 from thinwire.state.names import float_buffers, parameter_names
+from thinwire.state.steps import Alone
 
 FORMAT = 1
 
@@ -47,6 +48,7 @@ class Replicas(Handle):
         self._moments_every = moments_every(method, optimizer)
         self._moment_names = moment_names(optimizer)
         self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
+        self._alone = Alone(optimizer)
 
     def __repr__(self):
         return f"<{type(self).__name__} of {self.method}, round {self._rounds.done}>"
@@ -59,8 +61,12 @@ class Replicas(Handle):
         one of all ranks. Averages over all ranks outside the rounds are not counted."""
         return super().stats() | {"process_groups": len(self._groups)}
 
-    def note_gradients(self) -> None:
-        """There are gradients of this rank's own, for a step that has yet to come."""
+    def begin_pass(self) -> None:
+        """A backward pass gives gradients of this rank's own, for a step that has yet to come.
+
+        Raises RuntimeError where parameters change pass after pass without a round: see thinwire.state.steps.Alone.
+        """
+        self._alone.passes()
         self._gradients_wait = True
 
     def skip_step(self) -> None:
@@ -170,6 +176,7 @@ class Replicas(Handle):
         """Take the hooks off the optimizer too, and destroy the process groups that were made."""
         super()._release()
         self._hooks.remove()
+        self._alone.close()
         self._groups.close()
 
     # ---- what StepHooks calls ----
@@ -211,6 +218,7 @@ class Replicas(Handle):
 
     def _begin(self):
         self._refuse_if_evaluating("optimizer.step()")
+        self._alone.stepped()
         self._gradients_wait = False
         if not self._agreed:
             agree.require(self._groups.gather_objects({"round": str(self._rounds.done)}))

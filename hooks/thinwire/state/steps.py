@@ -62,7 +62,8 @@ class Steps:
         self._named[parameter] = name
         if parameter.requires_grad:
             # The node of autograd's graph that adds to its gradient; DDP, and Horovod, keep it alive.
-            node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+            with torch.enable_grad():  # which is off in a backward pass, where a hook by hand comes to know them
+                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
             self._handles.append(node.register_prehook(_looking(self._weak)))
 
     def begin_pass(self) -> None:
@@ -171,8 +172,8 @@ class Alone:
             raise RuntimeError(
                 f"the model's parameters have changed {self._changes} times since the last step of the "
                 f"{type(self._optimizer).__name__} that was given as optimizer=, so another one trains them, or a "
-                "wrapper that does not call its step(): give the optimizer whose step() the loop, or its wrapper, calls "
-                "in the end; after replacing one call close() on the handle, and thinwire.attach again with the new one"
+                "wrapper that does not call its step(): give the optimizer whose step() the loop, or its wrapper, "
+                "calls in the end; after replacing it call close() on the handle, and attach again with the new one"
             )
 
     def stepped(self) -> None:
