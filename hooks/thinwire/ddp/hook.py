@@ -1,6 +1,7 @@
 """The front door for DistributedDataParallel: gradients averaged bucket by bucket, inside the backward pass."""
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
 from thinwire.methods import Method
+from thinwire.state import checkpoint
 from thinwire.state.cautions import caution
-from thinwire.state.checks import check_model, check_module, check_momentum, check_optimizer_type
+from thinwire.state.checks import check_gradient, check_model, check_module, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
 from thinwire.state.names import parameter_names
 
@@ -37,13 +39,16 @@ class HookState(Occupant, GradientHandle):
 
     To register it by hand: ``ddp.register_comm_hook(thinwire.HookState(method, model), thinwire.hook)``, for loops
     that make the DistributedDataParallel themselves and take a hook and its state. module: what it wraps, whose
-    parameters' names the state is kept by. process_group: the one that it was given, the default one if none. Then
-    nothing checks the optimizer: with error feedback see to it yourself that its momentum is 0.
+    parameters' names the state is kept by; without it parameters are numbered as DDP's buckets show them, and there is
+    no ``state_dict``, which needs names. process_group: the one that DDP was given, the default one if none. Then
+    nothing checks the optimizer: with error feedback see to it yourself that its momentum is 0. And inside
+    ``join(divide_by_initial_world_size=False)`` the mean is still over all ranks, as with PyTorch's own hooks: a hook
+    is not told which ranks have run out of data, and ``attach`` asks the model.
     """
 
-    def __init__(self, method: Method, module: torch.nn.Module, *, process_group: dist.ProcessGroup | None = None,
-                 grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0, log: Any = None,
-                 runs: Method | None = None):  # fmt: skip
+    def __init__(self, method: Method, module: torch.nn.Module | None = None, *,
+                 process_group: dist.ProcessGroup | None = None, grad_scaler: torch.amp.GradScaler | None = None,
+                 consistency_every: int = 0, log: Any = None, runs: Method | None = None):  # fmt: skip
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         if isinstance(module, DistributedDataParallel):
             raise TypeError("HookState got a DistributedDataParallel as its module: pass the model that it wraps, "
@@ -53,6 +58,8 @@ class HookState(Occupant, GradientHandle):
         self._group = process_group
         self._ignored = tuple(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP looks
         self._names: dict[torch.Tensor, str] | None = None
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None  # it owns this, in C++, where cycles stay
+        self._with_data = 0  # ranks in this pass, where that is counted
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -61,12 +68,27 @@ class HookState(Occupant, GradientHandle):
     def bind(self, ddp: DistributedDataParallel) -> None:
         """Take the process group from the model."""
         self._group, self._ignored = ddp.process_group, tuple(ddp.parameters_to_ignore)
+        self._ddp = weakref.ref(ddp)
         self._open()
+
+    def state_dict(self) -> dict:
+        """As of any method. Raises RuntimeError where no module was given, so that there are no names."""
+        self._require_names("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """As of any method. What it holds of parameters that are frozen now waits until they are trained again.
+        Raises RuntimeError where no module was given, so that there are no names."""
+        self._require_names("load_state_dict()")
+        if self._names is not None and not self.closed:
+            held = _names_in(checkpoint.check(state, self.method))
+            self._know({p: name for p, name in self._all_names().items() if name in held})
+        super().load_state_dict(state)
 
     def _open(self) -> None:
         """Make what is needed to average; the process groups of the job are there."""
         self._group = self.group
-        self._names = parameter_names(self.module, self._ignored)
+        self._names = {} if self.module is None else parameter_names(self.module, self._ignored)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
         self._start(numels, self._group.rank(), self._group.size())
         self._channel = Channel(self._group, self._reducer, self._stats)
@@ -76,7 +98,8 @@ class HookState(Occupant, GradientHandle):
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self._names is None:  # it was registered by hand
-            check_module(self.module, self._ignored)
+            if self.module is not None:
+                check_module(self.module, self._ignored)
             self._open()
             caution(self.method, None, self._group.size())
         self._agree(self._gather_objects)
@@ -97,19 +120,86 @@ class HookState(Occupant, GradientHandle):
         self.seat.leave()
 
     def _exchange(self, bucket, step):
-        return self._channel.average(bucket.buffer(), *self._parameters_of(bucket), step, self._density_at(step))
+        names, numels = self._parameters_of(bucket)
+        over = self._ranks_with_data(bucket)
+        future = self._channel.average(bucket.buffer(), names, numels, step, self._density_at(step))
+        if over == self._group.size():
+            return future
+        # Here and not in the memory's factors: a control variate goes on being a mean over all ranks.
+        factor = self._group.size() / over
+        return future.then(lambda future: future.value().mul_(factor))
+
+    def _ranks_with_data(self, bucket):
+        """How many ranks the mean is over: all, but inside join(divide_by_initial_world_size=False).
+
+        There the ranks ask each other, once a pass: DDP has counted them too, and tells its C++ part only.
+        """
+        n, ddp = self._group.size(), None if self._ddp is None else self._ddp()
+        if ddp is None or not ddp._join_config.enable or getattr(ddp, "_divide_by_initial_world_size", True):
+            return n
+        if bucket.index() == 0:
+            # A rank that has run out of data stands in from join(), which calls the hook outside of a backward pass.
+            in_backward = torch._C._current_graph_task_id() != -1
+            mine = torch.tensor([in_backward], dtype=torch.int32, device=bucket.buffer().device)
+            self._stats.count_bytes((n - 1) * mine.element_size())
+            self._with_data = int(gather_now(mine, self._group).sum())
+        return self._with_data or n
 
     def _parameters_of(self, bucket):
-        """Names and numels, in order."""
+        """Names and numels, in order.
+
+        DDP's buckets hold what was trainable when it was made. What was frozen when this was opened, and without a
+        module everything, gets its name when a bucket first shows it: in the same order on every rank.
+        """
         parameters = bucket.parameters()
-        if any(p not in self._names for p in parameters):
-            raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each model, "
-                               "with the module that it wraps")  # fmt: skip
+        new = [p for p in parameters if p not in self._names]
+        if new:
+            found = self._all_names()
+            if self.module is None:
+                _check_bucket(bucket)
+                found = {p: f"#{i}" for i, p in enumerate(new, len(self._names))}
+                for p, name in found.items():
+                    check_gradient(name, p)
+            if any(p not in found for p in new):
+                raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each "
+                                   "model, with the module that it wraps")  # fmt: skip
+            self._know({p: found[p] for p in new})
         return tuple(self._names[p] for p in parameters), tuple(p.numel() for p in parameters)
 
+    def _know(self, names):
+        """These parameters are DDP's too."""
+        self._names |= {p: name for p, name in names.items() if p not in self._names}
+        self._numels |= {name: p.numel() for p, name in self._names.items()}
+
+    def _all_names(self):
+        """Of every parameter of the module, whether it is trainable now or not."""
+        return {} if self.module is None else parameter_names(self.module, self._ignored, frozen=True)
+
+    def _require_names(self, what):
+        if self.module is None:
+            raise RuntimeError(
+                f"{what}: this HookState was given no module, so it has no names of parameters to keep a state by: "
+                "give it the model that DDP wraps, HookState(method, model)"
+            )
+
     def _gather_numbers(self, values):
+        if self._group.size() == 1:
+            return values[None]
         device = next(iter(self._names)).device  # NCCL gathers what is on its device only
         return gather_now(values.to(device), self._group)
 
     def _gather_objects(self, thing):
         return gather_objects(thing, self._group)
+
+
+def _names_in(shards):
+    """Parameters of which the shards of a state hold something."""
+    kept = [tensors for shard in shards for tensors in shard["memory"].values()]
+    late = [one["tensors"] for shard in shards for one in shard.get("late", ())]
+    return {name for tensors in kept + late for name in tensors}
+
+
+def _check_bucket(bucket):
+    """Raise TypeError for what check_module refuses, where there is no module to ask."""
+    if bucket.buffer().is_sparse:
+        raise TypeError("a gradient is sparse: make its module with sparse=False: thinwire needs dense ones")
