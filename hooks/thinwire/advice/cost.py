@@ -120,10 +120,9 @@ def exchanges(method: Method, numels: Sequence[int], ranks: int, *, algorithm: s
         owned = width * sum(-(-size // ranks) for size in sizes)
         found = owner_exchange(ranks * owned, ranks, algorithm)
         if chosen.talks:
-            found = (Collective("all_gather", 4 * chosen.asked(slots, step, ranks), ranks, algorithm), *found)
+            found = (Collective("all_gather", chosen.asked_bytes(slots, step, ranks), ranks, algorithm), *found)
         return found
-    sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
-    message = width * sum(sizes) + 4 * sparse * chosen.sends_indices
+    message = width * sum(sizes) + chosen.index_bytes(slots)
     return (Collective("all_gather", message, ranks, algorithm),)
 
 

@@ -89,7 +89,7 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
         return None  # a rank's own residual need not shrink where others nominate the blocks
     if method.memory != "error_feedback":
         return 0.0
-    return bounds.error_feedback(1 - min(shares), gradient_norm / (1 - method.momentum))
+    return bounds.error_feedback(1 - min(shares, default=1.0), gradient_norm / (1 - method.momentum))
 
 
 def check_log(consistency_every: int, log: Any) -> None:

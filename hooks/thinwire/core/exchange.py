@@ -45,6 +45,8 @@ class AllGather:
     def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
         n = self.group.size()
         message = wire.message(payload)
+        if not slots.numel:
+            return _nothing_to_send(payload, message, n)
         messages = message.new_empty(n, message.numel())
         work = _all_gather_single(messages.view(-1), message, group=self.group, async_op=True)
         return InFlight(work.get_future(), messages, payload, (n - 1) * message.numel(), slots.numel)
@@ -67,6 +69,8 @@ class OwnerExchange:
     def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
         n, rank = self.group.size(), self.group.rank()
         dealt = Dealt(slots, n)
+        if not slots.numel:
+            return _nothing_to_send(payload, wire.message(payload), n, dealt)
         outgoing = dealt.deal(payload.values)
         if payload.scale is None:
             outgoing = outgoing.view(torch.uint8)
@@ -92,6 +96,13 @@ class OwnerExchange:
             values = values.to(torch.float32) * parts.inverses[:, None]
         assert flight.dealt is not None  # by start
         return Arrived(flight.dealt.undo(values)[None])
+
+
+def _nothing_to_send(payload: Payload, message: torch.Tensor, n: int, dealt: "Dealt | None" = None) -> InFlight:
+    """A bucket of parameters without elements has none on any rank, so no rank waits for a collective: it is done."""
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(None)
+    return InFlight(future, message.repeat(n, 1), payload, 0, 0, dealt)
 
 
 class Dealt:

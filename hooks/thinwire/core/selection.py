@@ -8,12 +8,14 @@ import torch
 from thinwire import ops
 from thinwire.core.blocks import Slots
 
+INT32_BLOCKS = 2**31  # the numbers of so many blocks fit int32
+
 
 @dataclass
 class Question:
     """What a selection may know: this rank's step, shapes and, if it ``ranks`` blocks, their squared norms [M].
 
-    all_gather: int32 [L] of this rank to int32 [world_size, L] of all, at once.
+    all_gather: integers [L] of this rank to [world_size, L] of all, at once.
     """
 
     slots: Slots
@@ -30,7 +32,8 @@ class Question:
 class Choice:
     """The blocks of this rank, int64 [K], and how the other ranks' are known.
 
-    common: they are the same on every rank. indices: what must travel for the others to know them, int32 or None.
+    common: they are the same on every rank. indices: what must travel for the others to know them, see index_dtype, or
+    None.
     rows: from the indices that arrived (or None) to all ranks' blocks, int64 [R, K], R = 1 where common.
     """
 
@@ -58,8 +61,13 @@ class Selection:
         raise NotImplementedError
 
     @staticmethod
-    def asked(slots: Slots, step: int, world_size: int) -> int:
-        """How many int32 a rank sends to every other before it chooses."""
+    def asked_bytes(slots: Slots, step: int, world_size: int) -> int:
+        """Bytes that a rank sends to every other before it chooses."""
+        return 0
+
+    @staticmethod
+    def index_bytes(slots: Slots) -> int:
+        """Bytes of the numbers of its blocks that a rank sends to every other with the blocks."""
         return 0
 
 
@@ -108,6 +116,11 @@ class TopK(Selection):
     ranks = True
     sends_indices = True
 
+    @staticmethod
+    def index_bytes(slots: Slots) -> int:
+        sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
+        return sparse * _widest(slots).itemsize
+
     def choose(self, q: Question) -> Choice:
         own = _heaviest(q.norms, q.slots, q.device)
         sent = _sparse_slots(q.slots).to(q.device)
@@ -117,7 +130,7 @@ class TopK(Selection):
             all_rows[:, sent] = indices.to(torch.int64)
             return all_rows
 
-        return Choice(q.slots, own, False, rows, own[sent].to(torch.int32))
+        return Choice(q.slots, own, False, rows, own[sent].to(_widest(q.slots)))
 
 
 class Nominated(Selection):
@@ -132,15 +145,17 @@ class Nominated(Selection):
     talks = True
 
     @staticmethod
-    def asked(slots: Slots, step: int, world_size: int) -> int:
-        return int(named_by_rank(slots, step, world_size).sum(1).max())
+    def asked_bytes(slots: Slots, step: int, world_size: int) -> int:
+        named = int(named_by_rank(slots, step, world_size).sum(1).max())
+        return named * index_dtype(slots.layout.first_blocks[-1]).itemsize
 
     def choose(self, q: Question) -> Choice:
         layout = q.slots.layout
         quotas = named_by_rank(q.slots, q.step, q.world_size)
         mine = layout.slots(tuple(quotas[q.rank].tolist()))
         first = torch.tensor(layout.first_blocks[:-1], device=q.device).repeat_interleave(quotas[q.rank].to(q.device))
-        named = torch.full((int(quotas.sum(1).max()),), -1, dtype=torch.int32, device=q.device)
+        dtype = index_dtype(layout.first_blocks[-1])  # they are counted over the whole flat tensor
+        named = torch.full((int(quotas.sum(1).max()),), -1, dtype=dtype, device=q.device)
         named[: mine.total] = _heaviest(q.norms, mine, q.device) + first
         assert q.all_gather is not None  # every front door that allows nominated has one
         union = q.all_gather(named).flatten().to(torch.int64).cpu()
@@ -155,6 +170,16 @@ class Nominated(Selection):
 BY_NAME: dict[str, type[Selection]] = {
     "independent": Independent, "permuted": Permuted, "shared": Shared, "topk": TopK, "nominated": Nominated,
 }  # fmt: skip
+
+
+def index_dtype(blocks: int) -> torch.dtype:
+    """The dtype in which numbers of that many blocks travel; shapes alone decide, so it is the same on every rank."""
+    return torch.int32 if blocks <= INT32_BLOCKS else torch.int64
+
+
+def _widest(slots):
+    """The dtype of numbers that are counted within each parameter."""
+    return index_dtype(max(slots.layout.blocks, default=0))
 
 
 def _draw(q, streams, deals):

@@ -10,7 +10,7 @@ class Payload:
     """What one rank sends of one flat gradient.
 
     values [P] in the wire dtype; scale, 0-d float32 power of two by which they were multiplied, or None; indices,
-    int32, the block numbers that the other ranks cannot compute, or None.
+    int32 or int64, the block numbers that the other ranks cannot compute, or None.
     """
 
     values: torch.Tensor
@@ -75,7 +75,7 @@ class Wire:
         """The messages [R, bytes] of ranks whose payloads all have the shapes of ``like``."""
         scale, messages = _split(messages, like.scale)
         indices, messages = _split(messages, like.indices)
-        values = messages[:, : like.values.numel() * self.dtype.itemsize].view(self.dtype)
+        values = _seen_as(messages[:, : like.values.numel() * self.dtype.itemsize], self.dtype)
         return Arrived(values, None if scale is None else 1 / scale.reshape(-1), indices)
 
 
@@ -119,7 +119,16 @@ def _split(messages, part):
     if part is None:
         return None, messages
     end = part.numel() * part.element_size()
-    return messages[:, :end].view(part.dtype), messages[:, end:]
+    return _seen_as(messages[:, :end], part.dtype), messages[:, end:]
+
+
+def _seen_as(messages, dtype):
+    """Bytes [R, B] as elements of a dtype: themselves, or a copy where they are not aligned to it."""
+    if messages.numel() == 0:  # no view: PyTorch asks for strides that a tensor without elements need not have
+        return messages.new_empty(len(messages), 0, dtype=dtype)
+    if messages.stride(0) % dtype.itemsize or messages.storage_offset() % dtype.itemsize:
+        messages = messages.clone(memory_format=torch.contiguous_format)
+    return messages.view(dtype)
 
 
 def _power_of_two(exponent):

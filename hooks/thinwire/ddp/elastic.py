@@ -131,7 +131,6 @@ class ElasticState(LateSteps, HookState):
             self.method, self._ledger, lanes, bool(self._reducer.memory.stores()), self._factor,
             ddp.find_unused_parameters, self._counts,
         )  # fmt: skip
-        self._ddp = weakref.ref(ddp)  # which owns this, in C++ where no collector sees the cycle
 
     def _lane(self, device, name):
         group = dist.new_group(
@@ -154,6 +153,8 @@ class ElasticState(LateSteps, HookState):
                 "Elastic does not work inside join(): a rank that has run out of data makes no steps, so it would not "
                 "apply what is late. Give all ranks the same number of batches, or use the method without Elastic"
             )
+        if not self._lrs.keys() >= set(names):  # what was frozen at first may be new
+            self._lrs = self._learning_rates()
         were, flat = self._take_in(bucket, may_be_zero=True), bucket.buffer()
         self._note_gradient(flat, step)
         of = Pass(self._steps.number, again=bool(were))

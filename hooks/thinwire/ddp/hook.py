@@ -1,6 +1,7 @@
 """The front door for DistributedDataParallel: gradients averaged bucket by bucket, inside the backward pass."""
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from thinwire.core.memory import Pass
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
 from thinwire.ddp.passes import Passes, may_skip
 from thinwire.methods import Method
+from thinwire.state import checkpoint
 from thinwire.state.cautions import caution
-from thinwire.state.checks import check_model, check_module, check_momentum, check_optimizer_type
+from thinwire.state.checks import check_gradient, check_model, check_module, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
 from thinwire.state.names import parameter_names
 from thinwire.state.steps import check_own
@@ -41,13 +43,17 @@ class HookState(Occupant, GradientHandle):
 
     To register it by hand: ``ddp.register_comm_hook(thinwire.HookState(method, model), thinwire.hook)``, for loops
     that make the DistributedDataParallel themselves and take a hook and its state. module: what it wraps, whose
-    parameters' names the state is kept by. process_group: the one that it was given, the default one if none.
-    optimizer: as for ``thinwire.attach``; without it nothing sees which steps are made and nothing checks it: with
-    error feedback see to it yourself that its momentum is 0.
+    parameters' names the state is kept by; without it parameters are numbered as DDP's buckets show them, and there is
+    no ``state_dict``, which needs names. process_group: the one that DDP was given, the default one if none. optimizer:
+    as for ``thinwire.attach``; without it nothing sees which steps are made and nothing checks it: with error feedback
+    see to it yourself that its momentum is 0. And inside ``join(divide_by_initial_world_size=False)`` the mean is still
+    over all ranks, as with PyTorch's own hooks: a hook is not told which ranks have run out of data, and ``attach``
+    asks the model.
     """
 
-    def __init__(self, method: Method, module: torch.nn.Module, *, process_group: dist.ProcessGroup | None = None,
-                 optimizer: torch.optim.Optimizer | None = None, grad_scaler: torch.amp.GradScaler | None = None,
+    def __init__(self, method: Method, module: torch.nn.Module | None = None, *,
+                 process_group: dist.ProcessGroup | None = None, optimizer: torch.optim.Optimizer | None = None,
+                 grad_scaler: torch.amp.GradScaler | None = None,
                  consistency_every: int = 0, log: Any = None, runs: Method | None = None):  # fmt: skip
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         if isinstance(module, DistributedDataParallel):
@@ -61,6 +67,7 @@ class HookState(Occupant, GradientHandle):
         self._passes = Passes()
         self._ignored = tuple(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP looks
         self._names: dict[torch.Tensor, str] | None = None
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None  # it owns this, in C++, where cycles stay
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -70,12 +77,27 @@ class HookState(Occupant, GradientHandle):
         """Take the process group from the model."""
         self._group, self._ignored = ddp.process_group, tuple(ddp.parameters_to_ignore)
         self._passes = Passes(may_skip(ddp))
+        self._ddp = weakref.ref(ddp)
         self._open()
+
+    def state_dict(self) -> dict:
+        """As of any method. Raises RuntimeError where no module was given, so that there are no names."""
+        self._require_names("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """As of any method. What it holds of parameters that are frozen now waits until they are trained again.
+        Raises RuntimeError where no module was given, so that there are no names."""
+        self._require_names("load_state_dict()")
+        if self._names is not None and not self.closed:
+            held = _names_in(checkpoint.check(state, self.method))
+            self._know({p: name for p, name in self._all_names().items() if name in held})
+        super().load_state_dict(state)
 
     def _open(self) -> None:
         """Make what is needed to average; the process groups of the job are there."""
         self._group = self.group
-        self._names = parameter_names(self.module, self._ignored)
+        self._names = {} if self.module is None else parameter_names(self.module, self._ignored)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
         self._start(numels, self._group.rank(), self._group.size())
         self._channel = Channel(self._group, self._reducer, self._stats)
@@ -86,7 +108,8 @@ class HookState(Occupant, GradientHandle):
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if self._names is None:  # it was registered by hand
-            check_module(self.module, self._ignored)
+            if self.module is not None:
+                check_module(self.module, self._ignored)
             self._open()
             caution(self.method, None, self._group.size())
         if self._passes.begins(bucket, self._end_pass):
@@ -104,6 +127,7 @@ class HookState(Occupant, GradientHandle):
         self._agree(self._gather_objects)
         self._channel.forget()
         self._begin_step()
+        self._with_data = self._ranks_with_data()
         if self._steps is not None:
             self._steps.begin_pass()
 
@@ -118,12 +142,14 @@ class HookState(Occupant, GradientHandle):
         self.seat.leave()
 
     def _exchange(self, bucket, step):
-        were = self._take_in(bucket)
-        flat = bucket.buffer()
+        names, numels = self._parameters_of(bucket)
+        were, flat = self._take_in(bucket), bucket.buffer()
         self._note_gradient(flat, step)
         of = Pass(None if self._steps is None else self._steps.number, again=bool(were))
-        future = self._channel.average(flat, *self._parameters_of(bucket), step, self._density_at(step), of)
-        return future.then(lambda done: _with_what_was(done, flat, were)) if were else future
+        future = self._channel.average(flat, names, numels, step, self._density_at(step), of)
+        # Here and not in the memory's factors: a control variate goes on being a mean over all ranks.
+        factor = self._group.size() / self._with_data
+        return future if factor == 1 and not were else future.then(lambda done: _finished(done, flat, factor, were))
 
     def _take_in(self, bucket, may_be_zero=False):
         """Leave in the bucket what this pass has added to gradients. Returns what was there of earlier passes of the
@@ -138,15 +164,64 @@ class HookState(Occupant, GradientHandle):
         torch._foreach_sub_(*were)
         return were
 
+    def _ranks_with_data(self):
+        """How many ranks the mean is over: all, but inside join(divide_by_initial_world_size=False).
+
+        There the ranks ask each other, once a pass: DDP has counted them too, and tells its C++ part only.
+        """
+        n, ddp = self._group.size(), None if self._ddp is None else self._ddp()
+        if ddp is None or not ddp._join_config.enable or getattr(ddp, "_divide_by_initial_world_size", True):
+            return n
+        # A rank that has run out of data stands in from join(), which calls the hook outside of a backward pass.
+        in_backward = torch._C._current_graph_task_id() != -1
+        mine = torch.tensor([in_backward], dtype=torch.int32, device="cpu")
+        self._stats.count_bytes((n - 1) * mine.element_size())
+        return int(self._gather_numbers(mine).sum()) or n
+
     def _parameters_of(self, bucket):
-        """Names and numels, in order."""
+        """Names and numels, in order.
+
+        DDP's buckets hold what was trainable when it was made. What was frozen when this was opened, and without a
+        module everything, gets its name when a bucket first shows it: in the same order on every rank.
+        """
         parameters = bucket.parameters()
-        if any(p not in self._names for p in parameters):
-            raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each model, "
-                               "with the module that it wraps")  # fmt: skip
+        new = [p for p in parameters if p not in self._names]
+        if new:
+            found = self._all_names()
+            if self.module is None:
+                _check_bucket(bucket)
+                found = {p: f"#{i}" for i, p in enumerate(new, len(self._names))}
+                for p, name in found.items():
+                    check_gradient(name, p)
+            if any(p not in found for p in new):
+                raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each "
+                                   "model, with the module that it wraps")  # fmt: skip
+            self._know({p: found[p] for p in new})
         return tuple(self._names[p] for p in parameters), tuple(p.numel() for p in parameters)
 
+    def _know(self, names):
+        """These parameters are DDP's too."""
+        new = {p: name for p, name in names.items() if p not in self._names}
+        self._names |= new
+        self._numels |= {name: p.numel() for p, name in new.items()}
+        if self._steps is not None:
+            for p, name in new.items():
+                self._steps.watch(p, name)
+
+    def _all_names(self):
+        """Of every parameter of the module, whether it is trainable now or not."""
+        return {} if self.module is None else parameter_names(self.module, self._ignored, frozen=True)
+
+    def _require_names(self, what):
+        if self.module is None:
+            raise RuntimeError(
+                f"{what}: this HookState was given no module, so it has no names of parameters to keep a state by: "
+                "give it the model that DDP wraps, HookState(method, model)"
+            )
+
     def _gather_numbers(self, values):
+        if self._group.size() == 1:
+            return values[None]
         device = next(iter(self._names)).device  # NCCL gathers what is on its device only
         return gather_now(values.to(device), self._group)
 
@@ -154,7 +229,24 @@ class HookState(Occupant, GradientHandle):
         return gather_objects(thing, self._group)
 
 
-def _with_what_was(done, flat, were):
+def _finished(done, flat, factor, were):
+    """What is left to do with an average: see HookState._exchange."""
     done.value()  # raises if it failed
-    torch._foreach_add_(*were)
+    if factor != 1:
+        flat *= factor
+    if were:
+        torch._foreach_add_(*were)
     return flat
+
+
+def _names_in(shards):
+    """Parameters of which the shards of a state hold something."""
+    kept = [tensors for shard in shards for tensors in shard["memory"].values()]
+    late = [one["tensors"] for shard in shards for one in shard.get("late", ())]
+    return {name for tensors in kept + late for name in tensors}
+
+
+def _check_bucket(bucket):
+    """Raise TypeError for what check_module refuses, where there is no module to ask."""
+    if bucket.buffer().is_sparse:
+        raise TypeError("a gradient is sparse: make its module with sparse=False: thinwire needs dense ones")

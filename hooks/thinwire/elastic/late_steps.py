@@ -210,6 +210,7 @@ class LateSteps:
         return {name: p for p, name in self._names.items()}
 
     def _learning_rates(self):
-        """Each parameter's, now, by name."""
-        return {self._names[p]: float(group["lr"]) for group in self._optimizer.param_groups
-                for p in group["params"] if p in self._names}  # fmt: skip
+        """Each parameter's, now, by name; 0 of what the optimizer does not step, because it was frozen."""
+        rates = dict.fromkeys(self._names.values(), 0.0)
+        return rates | {self._names[p]: float(group["lr"]) for group in self._optimizer.param_groups
+                        for p in group["params"] if p in self._names}  # fmt: skip

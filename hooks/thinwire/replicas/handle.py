@@ -39,6 +39,7 @@ class Replicas(Handle):
         super().__init__(method, consistency_every, log)
         self.module = module
         self._ignored = frozenset(ignored)
+        self._trained: set[str] = set()
         self._optimizer = optimizer
         self._groups = groups
         self._rounds = Rounds(method, partitions, groups, self._stats)
@@ -153,7 +154,7 @@ class Replicas(Handle):
             found = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"load_state_dict got {found}: not a state of DivideAndShuffle of format {FORMAT}")
         pending = state["pending"]
-        numels = {name: t.numel() for name, t in self._parameters() + self._buffers()}
+        numels = {name: t.numel() for name, t in [*self._named().items(), *self._buffers()]}
         for name, tensor in ((n, t) for found in pending.values() for n, t in found.items()):
             if numels.get(name) != tensor.numel():
                 raise ValueError(
@@ -208,7 +209,14 @@ class Replicas(Handle):
     # ---- rounds ----
 
     def _parameters(self) -> list[Named]:
-        return [(name, parameter) for parameter, name in parameter_names(self.module, self._ignored).items()]
+        """What is trained, or was in an earlier round: what was frozen since still differs between replicas."""
+        named = self._named()
+        self._trained.update(name for name, parameter in named.items() if parameter.requires_grad)
+        return [(name, parameter) for name, parameter in named.items() if name in self._trained]
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """Every parameter, whether it is trainable now or not."""
+        return {name: parameter for parameter, name in parameter_names(self.module, self._ignored, frozen=True).items()}
 
     def _buffers(self) -> list[Named]:
         return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in self._ignored]
@@ -241,7 +249,9 @@ class Replicas(Handle):
     def _measure(self):
         """||x_i - mean x|| / lr of all ranks, from sketches of the replicas."""
         rates = {p: float(group["lr"]) or math.nan for group in self._optimizer.param_groups for p in group["params"]}
-        mine = consistency.sketch((name, p.detach().reshape(-1).double() / rates[p]) for name, p in self._parameters())
+        mine = consistency.sketch(
+            (name, p.detach().reshape(-1).double() / rates[p]) for name, p in self._parameters() if p in rates
+        )
         gather = lambda numbers: torch.stack(self._groups.gather_objects(numbers))
         apart = consistency.measure(-mine, mine, 0.0, gather).apart
         mean = math.fsum(apart) / len(apart)
@@ -253,7 +263,7 @@ class Replicas(Handle):
         self._land()
         if self._pending is None:
             return
-        parameters, buffers = dict(self._parameters()), dict(self._float_buffers())
+        parameters, buffers = self._named(), dict(self._float_buffers())
         if not self._has_moments(parameters):
             raise RuntimeError(
                 "an average of the optimizer's state is under way, and the optimizer has no such state: load its "

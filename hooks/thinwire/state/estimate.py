@@ -14,7 +14,9 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
 
     step: None is after the ramp. For nominated it is the most, but for a few indices where there are several buckets:
     ranks that name the same block send it once. Under Horovod independent and permuted send the union of all ranks'
-    blocks in a ring, which is more. Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them.
+    blocks in a ring, which is more. Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them. A
+    block's number takes 4 bytes, and 8 where a bucket (nominated) or a parameter (topk) has more than 2^31 blocks, of
+    which the model is taken for one bucket.
     With density="auto" it is that of max_density; Elastic sends what its method sends, but for a few bytes of norms.
     Raises TypeError for DivideAndShuffle, whose bytes depend on the round.
     """
@@ -35,11 +37,10 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     widths = [min(width, n) for n in narrow]
     values = sum(size * w for size, w in zip(sizes, widths))
     owned = sum(-(-size // world_size) * w for size, w in zip(sizes, widths))
-    sparse = sum(count for count, whole in zip(slots.counts, slots.whole) if not whole)
     chosen = selection.Whole if all(slots.whole) else selection.BY_NAME[method.selection]
     if chosen.common:
-        sent = 2 * peers * owned + 4 * peers * chosen.asked(slots, step, world_size)
+        sent = 2 * peers * owned + peers * chosen.asked_bytes(slots, step, world_size)
     else:
-        sent = peers * (values + 4 * sparse * chosen.sends_indices)
+        sent = peers * (values + chosen.index_bytes(slots))
     dense = ring_all_reduce_bytes(sum(p.numel() * p.element_size() for p in parameters), world_size)
     return {"bytes_sent": sent, "dense_bytes": dense, "compression": dense / sent if sent else 1.0}
