@@ -48,10 +48,11 @@ class Usual:
         self._norms: list[float] = []
 
     def outlies(self, norm: float) -> bool:
-        """Whether a step of this norm does; it is the step before from now on."""
+        """Whether a step of this norm does; it is the step before from now on. One with inf or NaN is no step."""
+        if not math.isfinite(norm):
+            return False
         before = self._norms[-1] if self._norms else math.inf
-        if math.isfinite(norm):
-            self._norms = [*self._norms[-1:], norm]
+        self._norms = [*self._norms[-1:], norm]
         return norm > OUTLIER * before
 
     def forget(self) -> None:

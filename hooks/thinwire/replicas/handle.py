@@ -48,8 +48,8 @@ class Replicas(Handle):
         self._in_flight = None
         self._moments_every = moments_every(method, optimizer)
         self._moment_names = moment_names(optimizer)
-        self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
         self._alone = Alone(optimizer)
+        self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
 
     def __repr__(self):
         return f"<{type(self).__name__} of {self.method}, round {self._rounds.done}>"
