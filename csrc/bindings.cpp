@@ -5,7 +5,8 @@
 
 TORCH_LIBRARY(thinwire, m) {
     m.def("accumulate_(Tensor(a!) residual, Tensor(b!)? velocity, Tensor grad, float momentum, Tensor table, "
-          "int block_size, Tensor(c!) norms, Tensor(d!) status) -> ()");
+          "int block_size, Tensor(c!) norms, Tensor(d!) status, "
+          "Tensor? residual_before=None, Tensor? velocity_before=None) -> ()");
     m.def("examine(Tensor grad, Tensor table, Tensor(a!) status) -> ()");
     m.def("draw_blocks(Tensor table, Tensor units, int block_size, int seed, int step, int[] streams, int[] deals, "
           "Tensor(a!) chosen) -> ()");

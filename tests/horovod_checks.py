@@ -76,6 +76,7 @@ EACH_HALF = [method(m.selection, m.memory, torch.float16) for m in EACH]
 ONE_EACH = [method(selection, memories[-1]) for selection, memories in MEMORIES.items()]
 ONE_EACH_HALF = [method(m.selection, m.memory, torch.float16) for m in ONE_EACH]
 WITH_FEEDBACK = [m for m in EACH if m.memory == "error_feedback"]
+FEEDBACK = method("nominated", "error_feedback", density=0.3)
 
 
 def label(method):
@@ -120,13 +121,15 @@ class Recorder(thinwire.horovod.GradientCompressor if hvd else object):
         return values, context
 
 
-def setup(model, method, lr=0.05, momentum=0.0, process_set=None, inner=None, recorder=None, **options):
-    """Optimizer and compressor as a user makes them; method None: Horovod without a compressor."""
+def setup(model, method, lr=0.05, momentum=0.0, process_set=None, inner=None, recorder=None, known=False,
+          **options):  # fmt: skip
+    """Optimizer and compressor as a user makes them; method None: Horovod without a compressor. known: whether the
+    compressor is given the optimizer, also where it does without."""
     sets = {} if process_set is None else {"process_set": process_set}
     optimizer = models.sgd(model, lr, momentum) if inner is None else inner
     if method is None:
         return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **options, **sets), None
-    needed = isinstance(method, Elastic) or method.describe().get("momentum", "0.0") != "0.0"
+    needed = known or isinstance(method, Elastic) or method.describe().get("momentum", "0.0") != "0.0"
     options_of_it = {"optimizer": optimizer} if needed else {}
     compressor = (recorder or thinwire.horovod.Compressor)(model.named_parameters(), method, **options_of_it, **sets)
     return hvd.DistributedOptimizer(
@@ -594,6 +597,63 @@ def grad_scaler(method):
     assert same_everywhere(model)
 
 
+# ---- which passes belong to a step ----
+
+
+def _averaged_pass(model, optimizer, batch):
+    """A backward pass whose gradients are averaged before anyone knows whether there will be a step."""
+    loss_of(model, batch).backward()
+    optimizer.synchronize()
+
+
+def _step(optimizer):
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@check(*WITH_FEEDBACK, method("shared", "control_variate"), Elastic(Dense(), 0.0), Elastic(FEEDBACK, 0.5), ranks=(2,),
+       on_real=(WITH_FEEDBACK[0], Elastic(FEEDBACK, 0.5)))  # fmt: skip
+def steps_that_are_left_out(method):
+    """What is cleared, or said to be skipped, leaves what is kept bit for bit as it was; training goes on."""
+    model, batches = small(), data()
+    optimizer, compressor = setup(model, method, known=True)
+    for said in (False, True, False):
+        for _ in range(2):
+            _averaged_pass(model, optimizer, next(batches))
+            _step(optimizer)
+        before = compressor.state_dict()
+        for _ in range(2):  # which are of one step
+            _averaged_pass(model, optimizer, next(batches))
+        if said:
+            compressor.skip_step()
+        optimizer.zero_grad()
+        after = compressor.state_dict()
+        for kind, tensors in before["memory"].items():
+            assert all(torch.equal(tensor, after["memory"][kind][name]) for name, tensor in tensors.items())
+        one, other = (state.get("late", []) for state in (before, after))
+        assert [late["step"] for late in one] == [late["step"] for late in other]
+        assert all(torch.equal(a["tensors"][name], b["tensors"][name]) for a, b in zip(one, other) for name in a["lr"])
+    compressor.finalize()
+    assert same_everywhere(model)
+
+
+@check(*[method(selection, "error_feedback", density=1.0, momentum=0.9) for selection in ("shared", "nominated")],
+       ranks=(2,))  # fmt: skip
+def passes_that_add_up(method):
+    """A gradient of 1 in each of two averaged passes: momentum decays once a step."""
+    model = torch.nn.Linear(8, 1, bias=False)
+    optimizer, compressor = setup(model, method, lr=1.0)
+    seen = []
+    for _ in range(3):
+        for _ in range(2):
+            model(torch.ones(1, 8)).sum().backward()
+            optimizer.synchronize()
+        seen.append(float(model.weight.grad[0, 0]))
+        _step(optimizer)
+    close(torch.tensor(seen), torch.tensor([2.0, 3.8, 5.42]))
+
+
 # ---- disagreement ----
 
 
@@ -907,7 +967,6 @@ def stats_of_nominated():
 
 # ---- Elastic ----
 
-FEEDBACK = method("nominated", "error_feedback", density=0.3)
 ELASTIC = [Elastic(Dense(), 0.5), Elastic(Dense(), 0.0), Elastic(FEEDBACK, 0.5), Elastic(FEEDBACK, 0.0)]
 DELAYED = [Elastic(Dense(), 0.3, max_delay=3), Elastic(FEEDBACK, 0.3, max_delay=3)]
 OTHERS = [Elastic(method("permuted", "none"), 0.5), Elastic(method("shared", "control_variate"), 0.5),

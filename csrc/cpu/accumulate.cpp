@@ -129,18 +129,27 @@ THINWIRE_HOT void norms_loop(int64_t count, int64_t block_size, Wide* norms, con
     }
 }
 
+// Where a state is read and where it is written, which may be the same place.
+template <typename Wide>
+struct State {
+    const Wide* from;
+    Wide* to;
+
+    State operator+(int64_t offset) const { return to ? State{from + offset, to + offset} : *this; }
+};
+
 // Adds grad to count elements of residual, and writes the norms of the blocks in them.
 template <typename Wide, typename Grad, bool WITH_VELOCITY>
-THINWIRE_HOT bool accumulate_loop(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, int64_t count,
-                                  int64_t block_size, Wide* norms) {
+THINWIRE_HOT bool accumulate_loop(State<Wide> residual, State<Wide> velocity, const Grad* grad, Wide momentum,
+                                  int64_t count, int64_t block_size, Wide* norms) {
     int bad[LANES] = {};  // one for each lane: a single one would be reduced again in every block
     norms_loop(count, block_size, norms, [=, &bad](int64_t i, int lane) THINWIRE_HOT_LAMBDA {
         Wide step = static_cast<Wide>(grad[i]);
         const bool usable = is_usable(step);
         bad[lane] |= usable ? 0 : 1;
         step = usable ? step : Wide(0);
-        if (WITH_VELOCITY) velocity[i] = step = velocity[i] * momentum + step;
-        return residual[i] = residual[i] + step;
+        if (WITH_VELOCITY) velocity.to[i] = step = velocity.from[i] * momentum + step;
+        return residual.to[i] = residual.from[i] + step;
     });
     return std::any_of(bad, bad + LANES, [](int one) { return one != 0; });
 }
@@ -148,9 +157,9 @@ THINWIRE_HOT bool accumulate_loop(Wide* residual, Wide* velocity, const Grad* gr
 }  // namespace
 
 #define THINWIRE_ACCUMULATE(Wide, Grad)                                                                             \
-    THINWIRE_CLONES bool accumulate_span(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum,            \
-                                        int64_t count, int64_t block_size, Wide* norms) {                           \
-        if (velocity == nullptr) {                                                                                  \
+    THINWIRE_CLONES bool accumulate_span(State<Wide> residual, State<Wide> velocity, const Grad* grad,              \
+                                        Wide momentum, int64_t count, int64_t block_size, Wide* norms) {            \
+        if (velocity.to == nullptr) {                                                                                  \
             return accumulate_loop<Wide, Grad, false>(residual, velocity, grad, momentum, count, block_size, norms); \
         }                                                                                                           \
         return accumulate_loop<Wide, Grad, true>(residual, velocity, grad, momentum, count, block_size, norms);     \
@@ -213,10 +222,13 @@ void examine(const at::Tensor& grad, const at::Tensor& table, const at::Tensor& 
 
 void accumulate_(const at::Tensor& residual, const std::optional<at::Tensor>& velocity, const at::Tensor& grad,
                  double momentum, const at::Tensor& table, int64_t block_size, const at::Tensor& norms,
-                 const at::Tensor& status) {
+                 const at::Tensor& status, const std::optional<at::Tensor>& residual_before,
+                 const std::optional<at::Tensor>& velocity_before) {
     const Totals totals = check_cpu_table(table, block_size);
     check(residual, "residual", WIDE, {totals.elements}, at::kCPU);
     if (velocity) check(*velocity, "velocity", {residual.scalar_type()}, {totals.elements}, at::kCPU);
+    if (residual_before) check(*residual_before, "residual_before", {residual.scalar_type()}, {totals.elements}, at::kCPU);
+    if (velocity_before) check(*velocity_before, "velocity_before", {residual.scalar_type()}, {totals.elements}, at::kCPU);
     check(grad, "grad", DATA, {totals.elements}, at::kCPU);
     check(norms, "norms", {residual.scalar_type()}, {totals.blocks}, at::kCPU);
     check(status, "status", INT, {table.size(0) + 1}, at::kCPU);
@@ -226,17 +238,25 @@ void accumulate_(const at::Tensor& residual, const std::optional<at::Tensor>& ve
         const grad_t* step = grad.const_data_ptr<grad_t>();
         find_touched(step, totals.elements, table, flags);
         AT_DISPATCH_FLOATING_TYPES(residual.scalar_type(), "accumulate_", [&] {
-            scalar_t* sum = residual.mutable_data_ptr<scalar_t>();
-            scalar_t* speed = velocity ? velocity->mutable_data_ptr<scalar_t>() : nullptr;
+            const auto state = [](const at::Tensor& to, const std::optional<at::Tensor>& before) {
+                scalar_t* data = to.mutable_data_ptr<scalar_t>();
+                return State<scalar_t>{before ? before->const_data_ptr<scalar_t>() : data, data};
+            };
+            const State<scalar_t> sum = state(residual, residual_before);
+            const State<scalar_t> speed =
+                velocity ? state(*velocity, velocity_before) : State<scalar_t>{nullptr, nullptr};
             scalar_t* squares = norms.mutable_data_ptr<scalar_t>();
             const auto work = [&](int64_t s, const Segment& segment, int64_t low, int64_t high) {
                 const int64_t begin = segment.start + low * block_size;
                 const int64_t count = std::min(high * block_size, segment.numel) - low * block_size;
                 scalar_t* block_norms = squares + segment.first_block + low;
                 if (!(flags[s].load(std::memory_order_relaxed) & TOUCHED)) {
-                    norms_span(sum + begin, count, block_size, block_norms);
-                } else if (accumulate_span(sum + begin, speed ? speed + begin : nullptr, step + begin,
-                                           static_cast<scalar_t>(momentum), count, block_size, block_norms)) {
+                    norms_span(sum.from + begin, count, block_size, block_norms);
+                    for (const auto& one : {sum + begin, speed + begin}) {
+                        if (one.from != one.to) std::copy_n(one.from, count, one.to);
+                    }
+                } else if (accumulate_span(sum + begin, speed + begin, step + begin, static_cast<scalar_t>(momentum),
+                                           count, block_size, block_norms)) {
                     flags[s] |= NONFINITE;
                 }
                 if (!std::all_of(block_norms, block_norms + (high - low), is_finite<scalar_t>)) flags[s] |= NONFINITE;

@@ -24,8 +24,8 @@ __global__ void examine(const Grad* grad, Table table, int32_t* status, int64_t 
 
 // Lane l of a half-warp sums the elements l, l + 16, ... of the block: the order that the reference defines.
 template <typename Wide, typename Grad>
-__global__ void accumulate(Wide* residual, Wide* velocity, const Grad* grad, Wide momentum, Table table, Wide* norms,
-                           int32_t* status, int64_t M) {
+__global__ void accumulate(Wide* residual, const Wide* residual_before, Wide* velocity, const Wide* velocity_before,
+                           const Grad* grad, Wide momentum, Table table, Wide* norms, int32_t* status, int64_t M) {
     const int lane = threadIdx.x % LANES;
     const unsigned half_warp = 0xFFFFu << (threadIdx.x % WARP / LANES * LANES);
     const int64_t groups = static_cast<int64_t>(gridDim.x) * (THREADS / LANES);
@@ -37,11 +37,14 @@ __global__ void accumulate(Wide* residual, Wide* velocity, const Grad* grad, Wid
         const bool touched = status[s] & TOUCHED;
         Wide sum = 0;
         for (int64_t i = begin + lane; i < end; i += LANES) {
-            Wide value = residual[i];
+            Wide value = residual_before[i];
             if (touched) {
                 Wide step = usable_or_zero(widen<Wide>(grad[i]));
-                if (velocity) velocity[i] = step = velocity[i] * momentum + step;
+                if (velocity) velocity[i] = step = velocity_before[i] * momentum + step;
                 residual[i] = value = value + step;
+            } else {
+                if (residual != residual_before) residual[i] = value;
+                if (velocity != velocity_before) velocity[i] = velocity_before[i];
             }
             sum += value * value;
         }
@@ -70,15 +73,17 @@ void launch_examine(Array grad, Table table, int32_t* status, int64_t N, cudaStr
     });
 }
 
-void launch_accumulate(Array residual, Array velocity, Array grad, double momentum, Table table, Array norms,
-                       int32_t* status, int64_t N, int64_t M, cudaStream_t stream) {
+void launch_accumulate(Array residual, Array residual_before, Array velocity, Array velocity_before, Array grad,
+                       double momentum, Table table, Array norms, int32_t* status, int64_t N, int64_t M,
+                       cudaStream_t stream) {
     visit_data(grad.dtype, [&](auto grad_tag) {
         using Grad = typename decltype(grad_tag)::type;
         visit_wide(residual.dtype, [&](auto tag) {
             using Wide = typename decltype(tag)::type;
             write_status<Wide, true>(static_cast<const Grad*>(grad.data), table, status, N, stream);
             accumulate<<<grid_for(M, THREADS / LANES), THREADS, 0, stream>>>(
-                static_cast<Wide*>(residual.data), static_cast<Wide*>(velocity.data),
+                static_cast<Wide*>(residual.data), static_cast<const Wide*>(residual_before.data),
+                static_cast<Wide*>(velocity.data), static_cast<const Wide*>(velocity_before.data),
                 static_cast<const Grad*>(grad.data), static_cast<Wide>(momentum), table,
                 static_cast<Wide*>(norms.data), status, M);
         });

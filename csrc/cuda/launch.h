@@ -23,8 +23,9 @@ struct Table {
 
 void launch_examine(Array grad, Table table, int32_t* status, int64_t N, cudaStream_t stream);
 
-void launch_accumulate(Array residual, Array velocity, Array grad, double momentum, Table table, Array norms,
-                       int32_t* status, int64_t N, int64_t M, cudaStream_t stream);
+void launch_accumulate(Array residual, Array residual_before, Array velocity, Array velocity_before, Array grad,
+                       double momentum, Table table, Array norms, int32_t* status, int64_t N, int64_t M,
+                       cudaStream_t stream);
 
 // streams and deals are in the host's memory.
 void launch_draw(Table table, const int64_t* units, int64_t seed, int64_t step, const int64_t* streams,

@@ -34,18 +34,23 @@ Table table_of(const at::Tensor& table, int64_t block_size) {
 cudaStream_t current(at::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()); }
 
 void accumulate_(const at::Tensor& residual, const Optional& velocity, const at::Tensor& grad, double momentum,
-                 const at::Tensor& table, int64_t block_size, const at::Tensor& norms, const at::Tensor& status) {
+                 const at::Tensor& table, int64_t block_size, const at::Tensor& norms, const at::Tensor& status,
+                 const Optional& residual_before, const Optional& velocity_before) {
     const at::Device device = residual.device();
     const int64_t N = residual.numel();
     check_table(table, block_size, device);
     check(residual, "residual", WIDE, {N}, device);
     if (velocity) check(*velocity, "velocity", {residual.scalar_type()}, {N}, device);
+    if (residual_before) check(*residual_before, "residual_before", {residual.scalar_type()}, {N}, device);
+    if (velocity_before) check(*velocity_before, "velocity_before", {residual.scalar_type()}, {N}, device);
     check(grad, "grad", DATA, {N}, device);
     check(norms, "norms", {residual.scalar_type()}, {ANY}, device);
     check(status, "status", INT, {table.size(0) + 1}, device);
     const c10::cuda::OptionalCUDAGuard guard(device);
-    launch_accumulate(array(residual), array(velocity), array(grad), momentum, table_of(table, block_size),
-                      array(norms), status.mutable_data_ptr<int32_t>(), N, norms.numel(), current(device));
+    launch_accumulate(array(residual), residual_before ? array(residual_before) : array(residual), array(velocity),
+                      velocity_before ? array(velocity_before) : array(velocity), array(grad), momentum,
+                      table_of(table, block_size), array(norms), status.mutable_data_ptr<int32_t>(), N, norms.numel(),
+                      current(device));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -135,10 +135,13 @@ class ErrorFeedback(Memory):
 
     def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
         kept = slots.layout, wide(flat.dtype), flat.device
-        residual = self.residual.change(*kept, of.step)
-        velocity = None if self.velocity is None else self.velocity.change(*kept, of.step)
+        residual, before = self.residual.change(*kept, of.step)
+        velocity, was = (None, None) if self.velocity is None else self.velocity.change(*kept, of.step)
         if velocity is None or not of.again:
-            return _accumulated(flat, slots, residual, velocity, self.momentum)
+            return _accumulated(flat, slots, residual, velocity, self.momentum, before, was)
+        for now, then in ((residual, before), (velocity, was)):
+            if then is not None:
+                now.copy_(then)
         restored = (residual, residual.clone()), (velocity, velocity.clone())
         reading = _accumulated(flat, slots, residual)
         velocity += torch.where(torch.isfinite(flat), flat, torch.zeros_like(flat))
@@ -204,7 +207,9 @@ class ControlVariate(Memory):
 
     def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
         for store in self.stores().values():
-            store.change(slots.layout, wide(flat.dtype), flat.device, of.step)
+            now, before = store.change(slots.layout, wide(flat.dtype), flat.device, of.step)
+            if before is not None:
+                now.copy_(before)
         return _examined(flat, slots)
 
     def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
@@ -253,12 +258,13 @@ def _examined(flat, slots):
     return Reading(slots.layout, flat, flat, status)
 
 
-def _accumulated(flat, slots, residual, velocity=None, momentum=0.0):
+def _accumulated(flat, slots, residual, velocity=None, momentum=0.0, before=None, velocity_before=None):
     layout = slots.layout
     status = torch.empty(len(slots.counts) + 1, dtype=torch.int32, device=flat.device)
     norms = torch.empty(layout.first_blocks[-1], dtype=residual.dtype, device=flat.device)
     table = slots.table_on(flat.device)
-    ops.accumulate_(residual, velocity, flat, momentum, table, layout.block_size, norms, status)
+    ops.accumulate_(residual, velocity, flat, momentum, table, layout.block_size, norms, status, before,
+                     velocity_before)  # fmt: skip
     return Reading(layout, flat, residual, status, norms)
 
 

@@ -50,14 +50,19 @@ class FlatStore:
         """The state [N] of the layout's parameters; zero where there was none."""
         return self._of(layout, dtype, device).now
 
-    def change(self, layout: Layout, dtype: torch.dtype, device: torch.device, step: int | None) -> torch.Tensor:
-        """The same, to be changed by a step of the optimizer. step: its number, so that ``put_back`` can undo all that
-        it changes; None where it will not be asked to."""
+    def change(self, layout: Layout, dtype: torch.dtype, device: torch.device,
+               step: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """The same, to be changed by a step of the optimizer: where to write it, and where to read it if that is
+        another place, and then every element is to be written.
+
+        step: its number, so that ``put_back`` can undo all that it changes; None where it will not be asked to.
+        """
         one = self._of(layout, dtype, device)
-        if step is not None and one.step != step:
-            before = torch.empty_like(one.now) if one.before is None else one.before
-            one.before, one.step = before.copy_(one.now), step
-        return one.now
+        if step is None or one.step == step:
+            return one.now, None
+        room = torch.empty_like(one.now) if one.before is None else one.before
+        one.now, one.before, one.step = room, one.now, step
+        return one.now, one.before
 
     def put_back(self, names: Collection[str], step: int) -> None:
         """Give these parameters what they had before this step."""

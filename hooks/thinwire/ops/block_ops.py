@@ -90,8 +90,12 @@ def _call(name, device, *args):
 
 
 def accumulate_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentum: float, table: Tensor,
-                block_size: int, norms: Tensor, status: Tensor) -> None:  # fmt: skip
+                block_size: int, norms: Tensor, status: Tensor, residual_before: Tensor | None = None,
+                velocity_before: Tensor | None = None) -> None:  # fmt: skip
     """Add the gradient to the residual and give each block's squared norm, in one pass.
+
+    residual_before and velocity_before [N], like residual and velocity: read in their place and left as they are,
+    while those, whose values do not count then, get the result.
 
     residual [N] float32 or float64, changed: ``+= grad``; with velocity [N] (same dtype, changed), velocity becomes
     ``momentum * velocity + grad`` and is what the residual gains. Elements of grad [N] that are inf, NaN or beyond 2^62
@@ -100,7 +104,8 @@ def accumulate_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentu
     norms [M], dtype of residual, is written: squared L2 norm of each block of the new residual, added in 16
     interleaved lanes folded in halves. status [S + 1] is written.
     """
-    _call("accumulate_", grad.device, residual, velocity, grad, momentum, table, block_size, norms, status)
+    _call("accumulate_", grad.device, residual, velocity, grad, momentum, table, block_size, norms, status,
+          residual_before, velocity_before)  # fmt: skip
 
 
 def examine(grad: Tensor, table: Tensor, status: Tensor) -> None:

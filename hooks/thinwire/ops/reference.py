@@ -12,7 +12,12 @@ LARGEST = {torch.float32: 2.0**62, torch.float64: 2.0**500}
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, status):
+def accumulate_(residual, velocity, grad, momentum, table, block_size, norms, status, residual_before=None,
+                velocity_before=None):  # fmt: skip
+    if residual_before is not None:
+        residual.copy_(residual_before)
+    if velocity is not None and velocity_before is not None:
+        velocity.copy_(velocity_before)
     _examine(grad, table, status, _usable(grad, residual.dtype))
     for s, (start, numel, first_block, *_) in enumerate(table.tolist()):
         piece = slice(start, start + numel)
