@@ -126,6 +126,13 @@ class TestEqualsReference:
         status = torch.full((len(layout.names) + 1,), 7, dtype=torch.int32)
         both(device, "accumulate_", residual, velocity, grad, 0.9, slots.table, layout.block_size, norms, status)
         both(device, "examine", grad, slots.table, status)
+        places = [torch.full_like(residual, 7.0), None if velocity is None else torch.full_like(velocity, 7.0)]
+        beside = both(device, "accumulate_", places[0], places[1], grad, 0.9, slots.table, layout.block_size, norms,
+                      status, residual, velocity)  # fmt: skip
+        within = both(device, "accumulate_", residual, velocity, grad, 0.9, slots.table, layout.block_size, norms,
+                      status)  # fmt: skip
+        for one, other in zip(beside, within):
+            assert not isinstance(one, torch.Tensor) or same(one, other)
 
     @pytest.mark.parametrize("sent", DATA)
     @pytest.mark.parametrize("wide", DATA[:2])
