@@ -77,8 +77,11 @@ class Handle:
         yield self.module
 
     def skip_step(self) -> None:
-        """This rank makes no step of the optimizer this time, where the others may; a GradScaler given to ``attach``
-        says so by itself."""
+        """No step of the optimizer is made with the gradients that there are: no memory keeps anything of them.
+
+        Call it in the place of ``optimizer.step()``. A step that is left out is noticed by itself where the optimizer
+        was given and the gradients are cleared, or a GradScaler given to ``attach`` leaves it out.
+        """
 
     def close(self) -> None:
         """End it: ``finalize``, and then nothing more is sent, threads and process groups that were made are gone,
