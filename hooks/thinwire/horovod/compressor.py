@@ -218,8 +218,8 @@ class GradientCompressor(GradientHandle):
         return hvd.allgather(values[None], name="thinwire.consistency", process_set=self._set)
 
     def _gather_objects(self, thing):  # hvd.allgather_object knows no process sets
-        text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8)
-        lengths = hvd.allgather(torch.tensor([len(text)]), name="thinwire.lengths", process_set=self._set)
+        text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device="cpu")
+        lengths = hvd.allgather(torch.tensor([len(text)], device="cpu"), name="thinwire.lengths", process_set=self._set)
         texts = hvd.allgather(text, name="thinwire.agree", process_set=self._set)
         return [json.loads(bytes(one.tolist())) for one in texts.split(lengths.tolist())]
 

@@ -148,7 +148,7 @@ class GradientHandle(Handle):
             if found["step"] > self._block_sparse.warmup_steps:
                 self._controller.update(found["residual"])
                 # Logarithms differ in their last bit between machines: rank 0's density counts.
-                mine = torch.tensor([self._controller.density], dtype=torch.float64)
+                mine = torch.tensor([self._controller.density], dtype=torch.float64, device="cpu")
                 self._controller.density = float(self._gather_numbers(mine)[0])
             found["density"] = self._controller.density
         self._record(found)
