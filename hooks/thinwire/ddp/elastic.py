@@ -24,7 +24,7 @@ from thinwire.elastic.late_steps import LateSteps, check_optimizer
 from thinwire.elastic.scheduling import Agreed, Arrival, Bucket, Lane
 from thinwire.methods import Elastic
 from thinwire.replicas.groups import backend_of, timeout_of
-from thinwire.state import agree
+from thinwire.state import agree, order
 from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_momentum, check_owned
 from thinwire.state.names import parameter_names
@@ -174,9 +174,7 @@ class ElasticState(LateSteps, HookState):
             self._rule.forget_late()
 
     def _unflattened(self, flat, p):
-        """DDP's buckets hold what is dense in memory in the order of memory."""
-        dense = torch.empty_like(p).stride() == p.stride()
-        return flat.as_strided(p.size(), p.stride()) if dense else flat.view_as(p)
+        return order.shaped(flat, p)
 
     def _land(self):
         if self._rule is not None:

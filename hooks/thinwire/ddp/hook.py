@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
@@ -68,7 +69,11 @@ class HookState(Occupant, GradientHandle):
         self._group = self.group
         self._names = parameter_names(self.module, self._ignored)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
-        self._start(numels, self._group.rank(), self._group.size())
+        try:
+            self._start(numels, self._group.rank(), self._group.size())
+        except ValueError:  # a state that was waiting for the model does not fit
+            self._names = None
+            raise
         self._channel = Channel(self._group, self._reducer, self._stats)
         if self._group.size() == 1 and self._block_sparse.momentum:
             _log.warning("thinwire: on one rank nothing is averaged and no memory is kept, so there is no momentum "
@@ -95,6 +100,10 @@ class HookState(Occupant, GradientHandle):
     def _release(self):
         super()._release()
         self.seat.leave()
+
+    def _in_memory(self):
+        names = parameter_names(self.module, self._ignored) if self._names is None else self._names
+        return {name: p for p, name in names.items() if not is_lazy(p)}
 
     def _exchange(self, bucket, step):
         return self._channel.average(bucket.buffer(), *self._parameters_of(bucket), step, self._density_at(step))

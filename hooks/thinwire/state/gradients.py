@@ -85,7 +85,7 @@ class GradientHandle(Handle):
             raise RuntimeError("state_dict(): this HookState has no model yet; call it after the first backward pass")
         scale = 0.0 if self._scale is None else self._scale
         controller = {} if self._controller is None else self._controller.state_dict()
-        return checkpoint.save(self.method, self._reducer) | {
+        return checkpoint.save(self.method, self._reducer, self._in_memory()) | {
             "step": self._step, "scale": scale, "controller": controller, "gradient_norm": self._gradient_norm,
         }  # fmt: skip
 
@@ -99,10 +99,10 @@ class GradientHandle(Handle):
         """
         self._refuse_if_closed("load_state_dict()")
         if self._reducer is None:
-            checkpoint.check(state, self.method)
+            checkpoint.check(state, self.method, {name: p.numel() for name, p in self._in_memory().items()} or None)
             self._waiting_state = state
         else:
-            self._put_back(checkpoint.load(state, self.method, self._reducer, self._numels))
+            self._put_back(checkpoint.load(state, self.method, self._reducer, self._numels, self._in_memory()))
             if self._scale != 1.0 and (self._grad_scaler is None or not self._grad_scaler.is_enabled()):
                 self._rescale(1 / self._scale)  # it was saved under a GradScaler
                 self._scale = 1.0
@@ -115,9 +115,10 @@ class GradientHandle(Handle):
 
     def _put_back(self, shard):
         self._step, self._scale, self._agreed = shard["step"], shard["scale"] or 1.0, False
-        self._gradient_norm = shard.get("gradient_norm", 0.0)
-        if self._controller is not None and shard.get("controller"):
-            self._controller.load_state_dict(shard["controller"])
+        self._gradient_norm = float(shard.get("gradient_norm", 0.0))
+        if self._controller is not None:
+            fresh = {"density": self._block_sparse.max_density, "before": 0.0}
+            self._controller.load_state_dict(shard.get("controller") or fresh)
 
     def _start(self, numels: dict[str, int], rank: int, world_size: int, wire: Wire | None = None) -> None:
         """Make the reducer, for a model whose parameters have these sizes."""
@@ -125,8 +126,16 @@ class GradientHandle(Handle):
         self._world_size = world_size
         self._reducer = Reducer(self._block_sparse, rank, world_size, wire)
         if self._waiting_state is not None:
-            state, self._waiting_state = self._waiting_state, None
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(self._waiting_state)
+            except ValueError:
+                self._reducer = None  # nothing has begun: without the state it would train as if there were none
+                raise
+            self._waiting_state = None
+
+    def _in_memory(self) -> dict[str, torch.Tensor]:
+        """Parameters by name whose flat gradients come in the order of memory; see thinwire.state.order."""
+        return {}
 
     def _agree(self, all_gather_object) -> None:
         """Compare with the other ranks, once; see thinwire.state.agree."""
