@@ -48,8 +48,12 @@ def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState"
     agree.check_together(lambda thing: gather_objects(thing, ddp.process_group), check)
     caution(method.method, optimizer, ddp.process_group.size())
     restore_copied(ddp)
-    state.bind(ddp)
-    mount(ddp, state)
+    try:
+        state.bind(ddp)
+        mount(ddp, state)
+    except BaseException:
+        state._release()
+        raise
     return state
 
 

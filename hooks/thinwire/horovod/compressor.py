@@ -23,7 +23,7 @@ from thinwire.core.wire import Arrived, SummableFloat, SummableHalf
 from thinwire.horovod.stock import hvd, require
 from thinwire.methods import Method
 from thinwire.state.cautions import caution
-from thinwire.state.checks import check_gradient, check_momentum
+from thinwire.state.checks import check_gradient, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
 
 _log = logging.getLogger("thinwire")
@@ -68,6 +68,7 @@ class GradientCompressor(GradientHandle):
                 f"{type(runs).__name__}(wire_dtype=torch.bfloat16): Horovod cannot all-reduce bfloat16; use "
                 "torch.float16 or torch.float32"
             )
+        check_optimizer_type(optimizer)
         check_momentum(runs, optimizer)
         self._set = hvd.global_process_set if process_set is None else process_set
         self._parameters = _trainable(named_parameters)

@@ -11,6 +11,7 @@ from thinwire.core.reducer import Reducer
 from thinwire.core.wire import Wire
 from thinwire.methods import Method, block_sparse
 from thinwire.state import agree, checkpoint
+from thinwire.state.checks import check_grad_scaler
 from thinwire.state.handle import Handle
 
 EVERY_IF_AUTO = 10  # steps from one measurement to the next with density="auto" and no consistency_every
@@ -23,6 +24,7 @@ class GradientHandle(Handle):
                  runs: Method | None = None):  # fmt: skip
         self._block_sparse = block_sparse(method if runs is None else runs)
         super().__init__(method, consistency_every or EVERY_IF_AUTO * self._block_sparse.automatic, log)
+        check_grad_scaler(grad_scaler)
         self._grad_scaler = grad_scaler
         self._scale: float | None = None
         self._step = 0
