@@ -216,8 +216,10 @@ def test_a_scaler_can_be_copied_and_the_copy_is_a_plain_one(ranks, first_to_clos
 
 EVERY = [*ALL_METHODS, Dense(), BlockSparse("topk", density="auto", max_inconsistency=1.0),
          Elastic(BlockSparse("nominated", density=0.1, block_size=16), beta=0.5),
-         Elastic(Dense(), beta=0.5, speculate=True), SHUFFLE, DivideAndShuffle(group_size=2, overlap="bucket"),
-         DivideAndShuffle(group_size=2, overlap="delayed"), DivideAndShuffle(group_size=2, blocks=BlockSparse("shared", density=0.3))]  # fmt: skip
+         Elastic(Dense(), beta=0.5, speculate=True), SHUFFLE,
+         DivideAndShuffle(group_size=2, overlap="bucket"),
+         DivideAndShuffle(group_size=2, overlap="delayed"),
+         DivideAndShuffle(group_size=2, blocks=BlockSparse("shared", density=0.3))]  # fmt: skip
 
 
 def under_a_default_device(rank, n):
