@@ -390,7 +390,7 @@ def misfits(rank, n):
     state, said = handle.state_dict(), []
     wrong = copy.deepcopy(state)
     wrong["pending"]["parameters"]["0.weight"] = torch.zeros(3)
-    for bad in ({"format": 7}, state | {"rank": 5}, wrong):
+    for bad in ({"format": 7}, state | {"rank": 1 - rank}, wrong):
         try:
             handle.load_state_dict(bad)
         except ValueError as error:

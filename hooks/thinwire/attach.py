@@ -32,7 +32,8 @@ def attach(ddp: torch.nn.Module, method: Method, *, optimizer: torch.optim.Optim
     callable that takes the dictionary that ``handle.consistency()`` describes.
 
     Returns the handle, with the same verbs for every method: see :class:`thinwire.Handle`.
-    Raises TypeError or ValueError for a model, method or optimizer that cannot work, before anything is changed.
+    Raises TypeError or ValueError for a model, method, optimizer or GradScaler that cannot work. Whatever it raises,
+    the model, the optimizer and the GradScaler are as they were.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it

@@ -29,7 +29,7 @@ def sketch(tensors: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
 
     tensors: parameters' names and 1-D tensors. Signs and sums depend on the names alone.
     """
-    total = torch.zeros(SKETCH, dtype=torch.float64)
+    total = torch.zeros(SKETCH, dtype=torch.float64, device="cpu")
     for name, tensor in tensors:
         generator = torch.Generator(tensor.device).manual_seed(unit_of(name))
         drawn = torch.randint(0, 2 * SKETCH, (tensor.numel(),), generator=generator, device=tensor.device)
@@ -55,10 +55,10 @@ def measure(waits: torch.Tensor, alone: torch.Tensor | None, gradient_norm: floa
     waits: sketch of what waits on this rank and will be applied as its mean over ranks. alone: sketch of what this
     rank's x - v has besides, or None where no rank has anything. all_gather: float64 [L] to [ranks, L].
     """
-    norm = torch.tensor([gradient_norm], dtype=torch.float64)
+    norm = torch.tensor([gradient_norm], dtype=torch.float64, device="cpu")
     everyone = all_gather(torch.cat([norm, waits] if alone is None else [norm, waits, alone])).cpu()
     norms = everyone[:, 0].tolist()
-    total = torch.zeros(SKETCH, dtype=torch.float64)
+    total = torch.zeros(SKETCH, dtype=torch.float64, device="cpu")
     for row in everyone[:, 1 : 1 + SKETCH]:  # in rank order: a sum that no machine's instructions can change
         total += row
     mean = total / len(everyone)

@@ -55,7 +55,7 @@ class Layout:
     @cached_property
     def units(self) -> torch.Tensor:
         """int64 [segments]: the generator's key of each parameter."""
-        return torch.tensor([unit_of(name) for name in self.names], dtype=torch.int64)
+        return torch.tensor([unit_of(name) for name in self.names], dtype=torch.int64, device="cpu")
 
     @cached_property
     def _units(self) -> dict[torch.device, torch.Tensor]:
@@ -119,7 +119,7 @@ class Slots:
         """int64 [segments, 6]: start, numel, first block, slots, first slot, payload offset."""
         layout = self.layout
         rows = zip(layout.starts, layout.numels, layout.first_blocks, self.counts, self.first_slots, self.offsets)
-        return torch.tensor(list(rows), dtype=torch.int64).view(-1, 6)
+        return torch.tensor(list(rows), dtype=torch.int64, device="cpu").view(-1, 6)
 
     @cached_property
     def _tables(self) -> dict[torch.device, torch.Tensor]:
@@ -134,7 +134,8 @@ class Slots:
     @cached_property
     def every_block(self) -> torch.Tensor:
         """int64 [total]: the block in each slot when every parameter travels whole."""
-        return torch.cat([torch.arange(blocks) for blocks in self.layout.blocks] or [torch.empty(0, dtype=torch.int64)])
+        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+        return torch.cat([torch.arange(blocks, device="cpu") for blocks in self.layout.blocks] or [nothing])
 
 
 def _running_sum(values: Iterable[int]) -> tuple[int, ...]:

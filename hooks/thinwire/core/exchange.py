@@ -139,10 +139,10 @@ class Dealt:
 
     def positions(self, rank: int) -> torch.Tensor:
         """int64 [part]: where in the payload a rank's elements are; beyond the last one where it has none."""
-        found = torch.full((self.part,), self.numel)
+        found = torch.full((self.part,), self.numel, device="cpu")
         for begin, numel, share, at in self._cuts:
             first, last = min(rank * share, numel), min((rank + 1) * share, numel)
-            found[at : at + last - first] = torch.arange(begin + first, begin + last)
+            found[at : at + last - first] = torch.arange(begin + first, begin + last, device="cpu")
         return found
 
     def _pieces(self, rows, values):

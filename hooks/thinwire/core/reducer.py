@@ -78,7 +78,8 @@ class Reducer:
             over = choice.slots, choice.rows(arrived.indices) if encoded.rows is None else encoded.rows
         n = self.world_size if divide_by is None else divide_by
         shares = choice.slots.shares if self.method.unbiased else [1.0] * len(choice.slots.counts)
-        factors = torch.tensor([[1 / n] * len(shares), [1 / (n * share) for share in shares]], dtype=torch.float64)
+        factors = torch.tensor([[1 / n] * len(shares), [1 / (n * share) for share in shares]], dtype=torch.float64,
+                               device="cpu")  # fmt: skip
         to_mean, to_estimate = factors.to(reading.grad.device, memory.wide(reading.grad.dtype))
         total = Sum(arrived, *over, to_mean, to_estimate, lost)
         self.memory.settle(reading, choice, encoded.payload, encoded.wire, total)

@@ -161,7 +161,7 @@ class Nominated(Selection):
         union = q.all_gather(named).flatten().to(torch.int64).cpu()
         whole = _whole_blocks(q.slots)
         union = torch.unique(torch.cat([union[union >= 0], whole]))
-        bounds = torch.tensor(layout.first_blocks)
+        bounds = torch.tensor(layout.first_blocks, device="cpu")
         row = torch.bucketize(union, bounds[1:], right=True)
         slots = layout.slots(tuple(torch.bincount(row, minlength=len(layout.names)).tolist()))
         return _common(slots, (union - bounds[row]).to(q.device))
@@ -197,8 +197,9 @@ def _heaviest(norms, slots, device):
 
 def named_by_rank(slots: Slots, step: int, world_size: int) -> torch.Tensor:
     """int64 [world_size, S]: how many blocks of each parameter each rank nominates; together, its count."""
-    counts = torch.tensor(slots.counts).where(~torch.tensor(slots.whole), torch.tensor(0))
-    ranks = torch.arange(world_size)[:, None]
+    sparse = [0 if whole else count for count, whole in zip(slots.counts, slots.whole)]
+    counts = torch.tensor(sparse, dtype=torch.int64, device="cpu")
+    ranks = torch.arange(world_size, device="cpu")[:, None]
     turns = (ranks - slots.layout.units % world_size - step) % world_size
     return counts // world_size + (turns < counts % world_size)
 
@@ -206,12 +207,12 @@ def named_by_rank(slots: Slots, step: int, world_size: int) -> torch.Tensor:
 def _sparse_slots(slots):
     """Positions in the payload of the blocks whose numbers no other rank can compute."""
     spans = zip(slots.first_slots, slots.counts, slots.whole)
-    pieces = [torch.arange(first, first + count) for first, count, whole in spans if not whole]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    pieces = [torch.arange(first, first + count, device="cpu") for first, count, whole in spans if not whole]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _whole_blocks(slots):
     """All blocks of the parameters that travel whole, counted over the flat tensor."""
     spans = zip(slots.layout.first_blocks, slots.counts, slots.whole)
-    pieces = [torch.arange(first, first + count) for first, count, whole in spans if whole]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    pieces = [torch.arange(first, first + count, device="cpu") for first, count, whole in spans if whole]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")

@@ -25,7 +25,7 @@ from thinwire.elastic.late_steps import LateSteps, check_optimizer
 from thinwire.elastic.scheduling import Agreed, Arrival, Bucket, Lane
 from thinwire.methods import Elastic
 from thinwire.replicas.groups import backend_of, timeout_of
-from thinwire.state import agree
+from thinwire.state import agree, order
 from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_momentum, check_owned
 from thinwire.state.names import parameter_names
@@ -49,8 +49,12 @@ def attach_elastic(ddp, method: Elastic, optimizer, **options) -> "ElasticState"
     agree.check_together(lambda thing: gather_objects(thing, ddp.process_group), check)
     caution(method.method, optimizer, ddp.process_group.size())
     restore_copied(ddp)
-    state.bind(ddp)
-    mount(ddp, state)
+    try:
+        state.bind(ddp)
+        mount(ddp, state)
+    except BaseException:
+        state._release()
+        raise
     return state
 
 
@@ -189,9 +193,7 @@ class ElasticState(LateSteps, HookState):
             self._rule.forget_late()
 
     def _unflattened(self, flat, p):
-        """DDP's buckets hold what is dense in memory in the order of memory."""
-        dense = torch.empty_like(p).stride() == p.stride()
-        return flat.as_strided(p.size(), p.stride()) if dense else flat.view_as(p)
+        return order.shaped(flat, p)
 
     def _land(self):
         if self._rule is not None:

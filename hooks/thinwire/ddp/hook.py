@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from thinwire.core.channel import Channel
 from thinwire.core.exchange import gather_now, gather_objects
@@ -33,8 +34,12 @@ def attach_hook(ddp, method: Method, optimizer, **options) -> "HookState":
     check_momentum(method, optimizer)
     caution(method, optimizer, ddp.process_group.size())
     restore_copied(ddp)
-    state.bind(ddp)
-    mount(ddp, state)
+    try:
+        state.bind(ddp)
+        mount(ddp, state)
+    except BaseException:
+        state._release()  # it may be watching the optimizer by now
+        raise
     return state
 
 
@@ -99,7 +104,11 @@ class HookState(Occupant, GradientHandle):
         self._group = self.group
         self._names = {} if self.module is None else parameter_names(self.module, self._ignored)
         numels = {name: parameter.numel() for parameter, name in self._names.items()}
-        self._start(numels, self._group.rank(), self._group.size())
+        try:
+            self._start(numels, self._group.rank(), self._group.size())
+        except ValueError:  # a state that was waiting for the model does not fit
+            self._names = None
+            raise
         self._channel = Channel(self._group, self._reducer, self._stats)
         self._watch(self._names, self._optimizer)
         if self._group.size() == 1 and self._block_sparse.momentum:
@@ -140,6 +149,10 @@ class HookState(Occupant, GradientHandle):
     def _release(self):
         super()._release()
         self.seat.leave()
+
+    def _in_memory(self):
+        names = parameter_names(self.module, self._ignored) if self._names is None else self._names
+        return {name: p for p, name in names.items() if not is_lazy(p)}
 
     def _exchange(self, bucket, step):
         names, numels = self._parameters_of(bucket)

@@ -102,7 +102,12 @@ def mount(ddp: DistributedDataParallel, occupant: Occupant) -> None:
         if isinstance(seat, Seat) and seat.vacant:
             seat.occupant, occupant.seat = occupant, seat
             return
-    ddp.register_comm_hook(occupant.seat, hook)
+    hooks = list(ddp._comm_hooks)
+    try:
+        ddp.register_comm_hook(occupant.seat, hook)
+    except BaseException:  # PyTorch notes it before it registers it
+        ddp._comm_hooks[:] = hooks
+        raise
 
 
 def restore_copied(ddp: DistributedDataParallel) -> None:

@@ -15,7 +15,7 @@ from thinwire.methods import DivideAndShuffle
 from thinwire.replicas.agreement import agreed_partitions, check_optimizer
 from thinwire.replicas.groups import Groups
 from thinwire.replicas.handle import Replicas
-from thinwire.state.checks import check_model
+from thinwire.state.checks import check_grad_scaler, check_model
 from thinwire.state.names import float_buffers, parameter_names
 
 _log = logging.getLogger("thinwire")
@@ -31,19 +31,28 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, *, grad_scaler=Non
     def check():
         check_model(ddp)
         check_optimizer(method, optimizer, parameters)
+        check_grad_scaler(grad_scaler, steps=True)
         check_log(consistency_every, log)
 
     partitions = agreed_partitions(
         method, optimizer, lambda thing: gather_objects(thing, ddp.process_group),
         parameters + float_buffers(ddp.module, ddp.parameters_to_ignore), check, consistency_every,
     )  # fmt: skip
-    restore_copied(ddp)
     groups = Groups(partitions, ddp.process_group)
     if ddp.find_unused_parameters:
         _log.warning("thinwire: with find_unused_parameters=True DDP itself waits for all ranks in every backward "
                      "pass, so small groups gain little: use it only if the model needs it")  # fmt: skip
-    replicas = DDPReplicas(ddp, optimizer, method, groups, partitions, grad_scaler, consistency_every, log)
-    mount(ddp, replicas.local)
+    restore_copied(ddp)
+    try:
+        replicas = DDPReplicas(ddp, optimizer, method, groups, partitions, grad_scaler, consistency_every, log)
+    except BaseException:
+        groups.close()
+        raise
+    try:
+        mount(ddp, replicas.local)
+    except BaseException:
+        replicas._release()  # or its hooks would average a model whose gradients are averaged already
+        raise
     return replicas
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from thinwire.elastic.lateness import Late, Ledger
+from thinwire.state import order
 
 _log = logging.getLogger("thinwire")
 
@@ -92,9 +93,10 @@ class LateSteps:
         self._refuse_if_evaluating("state_dict()")
         self._look()
         self._land()
+        held = self._in_memory()
         late = [
             {"step": one.step, "lr": {name: lr for name, (_, lr) in one.parts().items()},
-             "tensors": {name: part.clone() for name, (part, _) in one.parts().items()}}
+             "tensors": {name: order.to_saved(part.clone(), held.get(name)) for name, (part, _) in one.parts().items()}}
             for one in self._ledger.lates
         ]  # fmt: skip
         return super().state_dict() | {"late": late}
@@ -117,13 +119,12 @@ class LateSteps:
     def _put_back(self, shard):
         super()._put_back(shard)
         self._ledger.clear()
-        parameters = self._by_name()
+        parameters, held = self._by_name(), self._in_memory()
         for one in shard.get("late", ()):
             tensors = one["tensors"]
-            device = parameters[next(iter(tensors))].device
-            late = Late(one["step"], tuple(tensors), tuple(t.numel() for t in tensors.values()),
-                        torch.cat([t.reshape(-1).to(device) for t in tensors.values()]),
-                        tuple(one["lr"][name] for name in tensors))  # fmt: skip
+            parts = [order.from_saved(t.detach().to(parameters[name]), held.get(name)) for name, t in tensors.items()]
+            late = Late(one["step"], tuple(tensors), tuple(map(len, parts)), torch.cat(parts),
+                        tuple(float(one["lr"][name]) for name in tensors))  # fmt: skip
             late.landed.set()
             self._ledger.add(late)
 

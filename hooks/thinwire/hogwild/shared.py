@@ -40,11 +40,11 @@ class Shared:
         """Move flat [N], the parameters at the start, to shared memory, with everything else at zero."""
         shared = cls(
             parameters=flat,
-            residuals=torch.zeros(workers, flat.numel() if with_residuals else 0, dtype=wide(flat.dtype)),
-            counts=torch.zeros(5, workers, dtype=torch.int64),
-            figures=torch.zeros(4, workers, dtype=torch.float64),
-            delays=torch.zeros(workers, BINS, dtype=torch.int64),
-            curve=torch.full((workers, POINTS, 2), float("nan"), dtype=torch.float64),
+            residuals=torch.zeros(workers, flat.numel() if with_residuals else 0, dtype=wide(flat.dtype), device="cpu"),
+            counts=torch.zeros(5, workers, dtype=torch.int64, device="cpu"),
+            figures=torch.zeros(4, workers, dtype=torch.float64, device="cpu"),
+            delays=torch.zeros(workers, BINS, dtype=torch.int64, device="cpu"),
+            curve=torch.full((workers, POINTS, 2), float("nan"), dtype=torch.float64, device="cpu"),
         )
         for field in fields(cls):
             getattr(shared, field.name).share_memory_()
@@ -109,7 +109,7 @@ class Tally:
             self._filled, self._stride = POINTS // 2, 2 * self._stride
             if len(self._recent) < self._stride:
                 return
-        point = torch.tensor([number, sum(self._recent) / len(self._recent)], dtype=torch.float64)
+        point = torch.tensor([number, sum(self._recent) / len(self._recent)], dtype=torch.float64, device="cpu")
         self._curve[self._filled] = point
         self._filled += 1
         self._recent.clear()

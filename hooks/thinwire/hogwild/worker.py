@@ -208,16 +208,16 @@ class Replica:
     def _prepare(self, slots):
         """What depends on the payload's shape alone, which is the same in every update."""
         if self.minus_one is None:
-            self.minus_one = torch.full((len(slots.counts),), -1.0, dtype=self.flat.dtype)
+            self.minus_one = torch.full((len(slots.counts),), -1.0, dtype=self.flat.dtype, device="cpu")
             if self.reducer.method.unbiased and not all(slots.whole):
-                lengths = torch.tensor(slots.offsets).diff()
-                shares = torch.tensor(slots.shares, dtype=torch.float64)
+                lengths = torch.tensor(slots.offsets, device="cpu").diff()
+                shares = torch.tensor(slots.shares, dtype=torch.float64, device="cpu")
                 self.weights = (1 / shares).repeat_interleave(lengths).to(self.flat.dtype)
 
     def _undo(self, encoded):
         """Take a step that is not finite out of the residual again."""
         reading, slots = encoded.reading, encoded.choice.slots
-        bad = torch.ones(1, dtype=torch.int32)
+        bad = torch.ones(1, dtype=torch.int32, device="cpu")
         ops.settle_(reading.source, None, reading.grad, 0.0, encoded.payload.values, None, encoded.choice.own,
                     slots.table, slots.layout.block_size, reading.status, bad)  # fmt: skip
 

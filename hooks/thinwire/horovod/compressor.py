@@ -24,7 +24,7 @@ from thinwire.core.wire import Arrived, SummableFloat, SummableHalf
 from thinwire.horovod.stock import hvd, require
 from thinwire.methods import Method
 from thinwire.state.cautions import caution
-from thinwire.state.checks import check_gradient, check_momentum
+from thinwire.state.checks import check_gradient, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
 
 _log = logging.getLogger("thinwire")
@@ -73,6 +73,7 @@ class GradientCompressor(GradientHandle):
                 f"{type(runs).__name__}(wire_dtype=torch.bfloat16): Horovod cannot all-reduce bfloat16; use "
                 "torch.float16 or torch.float32"
             )
+        check_optimizer_type(optimizer)
         check_momentum(runs, optimizer)
         self._sees_steps = optimizer is not None
         self._set = hvd.global_process_set if process_set is None else process_set
@@ -244,8 +245,8 @@ class GradientCompressor(GradientHandle):
         return hvd.allgather(values[None], name="thinwire.consistency", process_set=self._set)
 
     def _gather_objects(self, thing):  # hvd.allgather_object knows no process sets
-        text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8)
-        lengths = hvd.allgather(torch.tensor([len(text)]), name="thinwire.lengths", process_set=self._set)
+        text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device="cpu")
+        lengths = hvd.allgather(torch.tensor([len(text)], device="cpu"), name="thinwire.lengths", process_set=self._set)
         texts = hvd.allgather(text, name="thinwire.agree", process_set=self._set)
         return [json.loads(bytes(one.tolist())) for one in texts.split(lengths.tolist())]
 

@@ -15,7 +15,7 @@ from thinwire.methods.schedules import Group, Partition
 from thinwire.replicas.agreement import agreed_partitions, check_optimizer
 from thinwire.replicas.groups import needed
 from thinwire.replicas.handle import Replicas
-from thinwire.state.checks import check_gradient
+from thinwire.state.checks import check_grad_scaler, check_gradient
 from thinwire.state.names import float_buffers, parameter_names
 
 _log = logging.getLogger("thinwire")
@@ -45,6 +45,7 @@ class DivideAndShuffleAverager(Replicas):
 
         def check():
             _check(method, optimizer, parameters)
+            check_grad_scaler(grad_scaler, steps=True)
             check_log(consistency_every, log)
 
         partitions = agreed_partitions(

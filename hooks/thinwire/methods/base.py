@@ -61,5 +61,14 @@ def check_integer(method: Method, name: str, least: int, below: int | None = Non
         raise ValueError(f"{given(method, name)}: {name} must be {allowed}")
 
 
+def check_count(caller: str, name: str, value: Any, least: int) -> None:
+    """Raise TypeError or ValueError where an argument of a function is no integer of at least ``least``."""
+    what = f"{caller}({name}={value!r}): {name} must be an integer of at least {least}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(what)
+    if value < least:
+        raise ValueError(what)
+
+
 def given(method: Method, name: str) -> str:
     return f"{type(method).__name__}({name}={getattr(method, name)!r})"

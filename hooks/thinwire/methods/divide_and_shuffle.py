@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from thinwire.methods import schedules
-from thinwire.methods.base import Method, check_integer, check_one_of, given
+from thinwire.methods.base import Method, check_count, check_integer, check_one_of, given
 from thinwire.methods.block_sparse import BlockSparse
 
 OVERLAPS = ("none", "bucket", "delayed")
@@ -73,8 +73,10 @@ class DivideAndShuffle(Method):
     def partitions(self, world_size: int, hosts: tuple[str, ...] = ()) -> tuple[schedules.Partition, ...]:
         """The cycle of partitions for these ranks.
 
-        hosts: see thinwire.schedules. Raises ValueError where group_size is above world_size, or ranks never meet.
+        hosts: see thinwire.schedules. Raises ValueError where group_size is above world_size, or ranks never meet, and
+        TypeError or ValueError where world_size is no number of ranks.
         """
+        check_count("DivideAndShuffle.partitions", "world_size", world_size, 1)
         size = schedules.default_group_size(world_size) if self.group_size is None else self.group_size
         if size > world_size:
             raise ValueError(f"{given(self, 'group_size')}: there are only {world_size} ranks")

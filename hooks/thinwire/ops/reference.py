@@ -51,7 +51,7 @@ def draw_blocks(table, units, block_size, seed, step, streams, deals, chosen):
         for (_, numel, _, slots, first_slot, _), unit in zip(table.tolist(), units.tolist(), strict=True):
             blocks = -(-numel // block_size)
             order = torch.sort(_keys(blocks, seed, step, unit, stream), stable=True).indices
-            dealt = (torch.arange(slots) + deal * slots) % max(blocks, 1)
+            dealt = (torch.arange(slots, device="cpu") + deal * slots) % max(blocks, 1)
             chosen[row, first_slot : first_slot + slots] = order[dealt].sort().values.to(chosen.device)
 
 
@@ -150,10 +150,10 @@ def _squared_norms(piece, block_size):
 
 def _keys(blocks, seed, step, unit, stream):
     """int64 [blocks]: splitmix64's sequence, started from the four numbers; equal bits in C++ and CUDA."""
-    start = torch.zeros((), dtype=torch.int64)
+    start = torch.zeros((), dtype=torch.int64, device="cpu")
     for number in (seed, step, unit, stream):
         start = _mix((start ^ _wrap(number)) + _wrap(_GOLDEN))
-    return _mix(start + (torch.arange(blocks, dtype=torch.int64) + 1) * _wrap(_GOLDEN))
+    return _mix(start + (torch.arange(blocks, dtype=torch.int64, device="cpu") + 1) * _wrap(_GOLDEN))
 
 
 def _mix(z):

@@ -29,11 +29,15 @@ class Groups:
         self._everyone = tuple(range(self.size))
         self._groups: dict[Group, dist.ProcessGroup] = {self._everyone: group}
         backend = backend_of(group)
-        for members in needed(partitions, self.size):
-            ranks = [dist.get_global_rank(group, rank) for rank in members]
-            made = dist.new_group(ranks, backend=backend)
-            if self.rank in members:
-                self._groups[members] = made
+        try:
+            for members in needed(partitions, self.size):
+                ranks = [dist.get_global_rank(group, rank) for rank in members]
+                made = dist.new_group(ranks, backend=backend)
+                if self.rank in members:
+                    self._groups[members] = made
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         """How many groups this rank had to make and is a member of."""

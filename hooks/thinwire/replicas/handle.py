@@ -1,6 +1,7 @@
 """A model whose replicas differ from rank to rank and are averaged in rounds: the handle of Divide-and-Shuffle."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,12 +16,16 @@ from thinwire.replicas.means import Named, pieces
 from thinwire.replicas.moments import moment_names, moments_every
 from thinwire.replicas.rounds import Moments, Rounds
 from thinwire.replicas.stepping import StepHooks
-from thinwire.state import agree
+from thinwire.state import agree, entries
 from thinwire.state.handle import Handle
 from thinwire.state.names import float_buffers, parameter_names
 from thinwire.state.steps import Alone
 
-FORMAT = 1
+_log = logging.getLogger("thinwire")
+_REQUIRED = {
+    "format": entries.FORMATS, "method": entries.DESCRIBED, "rank": entries.COUNT, "world_size": entries.RANKS,
+    "round": entries.COUNT, "pending": entries.BY_NAME,
+}  # fmt: skip
 
 
 class Replicas(Handle):
@@ -143,35 +148,59 @@ class Replicas(Handle):
         self._land()
         waiting = (self._pending or {}).items()
         pending = {kind: {name: tensor.clone() for name, tensor in found.items()} for kind, found in waiting}
-        return {"format": FORMAT, "method": self.method.describe(), "rank": self._groups.rank,
+        return {"format": entries.FORMAT, "method": self.method.describe(), "rank": self._groups.rank,
                 "world_size": self._groups.size, "round": self._rounds.done, "pending": pending}  # fmt: skip
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit."""
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit.
+
+        state: this rank's shard; or the list of all ranks' shards, which also fits another number of ranks where no
+        average is under way: all that is in it then is the round. Other settings, such as the schedule, are taken, and
+        a warning names them.
+        """
         self._refuse_if_closed("load_state_dict()")
         self._land()
-        if not isinstance(state, dict) or state.get("format") != FORMAT or not {"pending", "round"} <= state.keys():
-            found = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"load_state_dict got {found}: not a state of DivideAndShuffle of format {FORMAT}")
-        pending = state["pending"]
-        numels = {name: t.numel() for name, t in [*self._named().items(), *self._buffers()]}
-        for name, tensor in ((n, t) for found in pending.values() for n, t in found.items()):
-            if numels.get(name) != tensor.numel():
-                raise ValueError(
-                    f"load_state_dict: the average under way of {name!r} has {tensor.numel()} elements and the model "
-                    f"has {numels.get(name, 'no such parameter or buffer')}"
-                )
+        shards = entries.shards_of(state)
+        for shard in shards:
+            self._check(shard)
+        entries.check_same(shards, ("round", "world_size"))
         here = {"rank": self._groups.rank, "world_size": self._groups.size}
-        for key, value in here.items() if pending else ():
-            if state[key] != value:
+        mine = next((shard for shard in shards if here.items() <= shard.items()), shards[0])
+        for key, value in here.items() if any(shard["pending"] for shard in shards) else ():
+            if mine[key] != value:
                 raise ValueError(
-                    f"load_state_dict: the state is of {key} {state[key]}, here it is {value}, and with "
+                    f"load_state_dict: the state is of {key} {mine[key]}, here it is {value}, and with "
                     "overlap='delayed' an average is under way that belongs to its rank: call finalize() before "
                     "saving, and load into a new handle"
                 )
-        self._rounds.done = state["round"]
-        self._pending = {kind: dict(found) for kind, found in pending.items()} or None
-        self._agreed = False
+        changed = entries.changed_settings(self.method.describe(), mine["method"])
+        if mine["world_size"] != self._groups.size:
+            changed.append(f"world_size was {mine['world_size']} and is {self._groups.size}")
+        if changed:
+            _log.warning("thinwire: the state was saved with other settings: %s", "; ".join(changed))
+        pending = {kind: {name: t.detach() for name, t in found.items()} for kind, found in mine["pending"].items()}
+        self._rounds.done, self._pending, self._agreed = mine["round"], pending or None, False
+
+    def _check(self, shard):
+        """Raise ValueError where a shard is not of DivideAndShuffle, or not of this model."""
+        entries.check_entries(shard, _REQUIRED, {}, "state of DivideAndShuffle")
+        ours, theirs = self.method.describe()["method"], shard["method"].get("method")
+        if theirs != ours:
+            raise ValueError(f"load_state_dict: the state was saved with method={theirs} and this method has "
+                             f"method={ours}; it means nothing to it")  # fmt: skip
+        parameters = {name: p.shape for name, p in self._named().items()}
+        buffers = {name: buffer.shape for name, buffer in self._float_buffers()}
+        kinds = {"parameters": parameters, "buffers": buffers} | dict.fromkeys(self._moment_names, parameters)
+        pending = shard["pending"]
+        if not pending.keys() <= kinds.keys():
+            entries.refuse("'pending' of the state", pending, f"a dictionary of {', '.join(map(repr, kinds))}")
+        for kind, found in pending.items():
+            entries.check_tensors(f"{kind} of the average under way,", found, kinds[kind], flat=False)
+        for kind in ("parameters", "buffers") if pending else ():
+            missing = [name for name in kinds[kind] if name not in pending.get(kind, {})]
+            if missing and (kind == "parameters" or kind in pending):
+                raise ValueError(f"load_state_dict: the average under way lacks {kind} {', '.join(missing[:3])}: it "
+                                 "must have all of the model's, or they would be left out")  # fmt: skip
 
     def _release(self):
         """Take the hooks off the optimizer too, and destroy the process groups that were made."""

@@ -1,5 +1,6 @@
 """Calls back when an optimizer has made its step, or makes the step piece by piece; skipped steps too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,21 +34,20 @@ class StepHooks:
         self._called = 0
         self._before_handle = optimizer.register_step_pre_hook(self._before)
         self._after_handle = optimizer.register_step_post_hook(self._after)
-        self._scaler = grad_scaler
+        self._scaler: _Wrapped | None = None
         if grad_scaler is not None:
-            self._scalers_own = "step" not in grad_scaler.__dict__  # and not another model's wrapper
-            self._scalers_step = grad_scaler.step
-            grad_scaler.step = self._scaler_step  # type: ignore[method-assign]
+            try:
+                self._scaler = _Wrapped(grad_scaler, self)
+            except BaseException:
+                self.remove()
+                raise
 
     def remove(self) -> None:
         self._before_handle.remove()
         self._after_handle.remove()
-        scaler, self._scaler = self._scaler, None  # a wrapper around ours may stay, and ours then only passes on
-        if scaler is not None and scaler.__dict__.get("step") == self._scaler_step:
-            if self._scalers_own:
-                del scaler.step
-            else:
-                scaler.step = self._scalers_step  # type: ignore[method-assign]
+        scaler, self._scaler = self._scaler, None
+        if scaler is not None:
+            scaler.unwrap()
 
     def _before(self, optimizer, args, kwargs):
         self._restore()  # where the step before failed
@@ -83,11 +83,11 @@ class StepHooks:
         self._restore()
         self._listener.pieces_stepped()
 
-    def _scaler_step(self, optimizer, *args, **kwargs):
+    def scaled_step(self, step: Callable, optimizer: Any) -> Any:
+        """Make a GradScaler's step; one that it skips counts too."""
         before = self._called
-        result = self._scalers_step(optimizer, *args, **kwargs)
-        ours = self._scaler is not None and getattr(optimizer, "optimizer", optimizer) is self._optimizer
-        if ours and self._called == before:
+        result = step()
+        if getattr(optimizer, "optimizer", optimizer) is self._optimizer and self._called == before:
             self._listener.stepped()
         return result
 
@@ -100,3 +100,42 @@ class StepHooks:
         for group, params in zip(self._optimizer.param_groups, self._params or ()):
             group["params"] = params
         self._params = None
+
+
+class _Wrapped:
+    """A GradScaler whose ``step`` tells of steps that it skips. What is copied or pickled of it is a plain one.
+
+    hooks: the StepHooks to tell, until ``unwrap``.
+    """
+
+    def __init__(self, scaler: Any, hooks: StepHooks):
+        self._scaler = scaler
+        self._hooks: StepHooks | None = hooks
+        self._own = "step" not in scaler.__dict__  # and not another model's wrapper
+        self._step_before = scaler.step
+        scaler.step = self._step
+        # Pickle and copy ask the object for it, an attribute of its own too. Of several wrappers the innermost answers.
+        self._answers = not isinstance(getattr(scaler.__dict__.get("__getstate__"), "__self__", None), _Wrapped)
+        if self._answers:
+            self._state_before = getattr(scaler, "__getstate__", lambda: dict(scaler.__dict__))  # object's since 3.11
+            scaler.__getstate__ = self._state
+
+    def unwrap(self) -> None:
+        """As it was, but where something was wrapped around this since: then this stays and only passes on."""
+        self._hooks = None
+        if self._scaler.__dict__.get("step") != self._step:
+            return
+        if self._own:
+            del self._scaler.step
+        else:
+            self._scaler.step = self._step_before
+        if self._answers:
+            del self._scaler.__getstate__
+
+    def _step(self, optimizer, *args, **kwargs):
+        step = lambda: self._step_before(optimizer, *args, **kwargs)
+        return step() if self._hooks is None else self._hooks.scaled_step(step, optimizer)
+
+    def _state(self):
+        state = {key: value for key, value in self._state_before().items() if key not in ("step", "__getstate__")}
+        return state if self._own else state | {"step": self._step_before}

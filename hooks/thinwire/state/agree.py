@@ -43,19 +43,22 @@ def check_together(all_gather_object: Callable[[Any], list], check: Callable[[],
     """Run a check on every rank and compare what it gives; what it raises on one rank is raised on all.
 
     check: gives what must be equal on every rank, by name, or raises. aside: what this rank
-    has to say besides, which may differ. Returns what each rank said aside. Raises ValueError.
+    has to say besides, which may differ. Returns what each rank said aside. Raises ValueError, or TypeError where that
+    is all that any rank raised.
     """
-    says, refusal = {}, ""
+    says, refusal, kind = {}, "", ""
     try:
         says = check()
     except Exception as error:  # whatever it is, the others must not wait for this rank
         refusal = str(error) if isinstance(error, (TypeError, ValueError)) and str(error) else repr(error)
-    everyone = all_gather_object((refusal, says, aside))
+        kind = "type" if isinstance(error, TypeError) else "value"
+    everyone = all_gather_object((refusal, kind, says, aside))
     refusals: dict[str, list[str]] = {}
-    for rank, (refused, _, _) in enumerate(everyone):
+    for rank, (refused, *_) in enumerate(everyone):
         if refused:
             refusals.setdefault(refused, []).append(str(rank))
     if refusals:
-        raise ValueError("; ".join(f"{what} (rank {', '.join(ranks)})" for what, ranks in refusals.items()))
-    require([said for _, said, _ in everyone])
-    return [aside for _, _, aside in everyone]
+        raised = TypeError if {kind for _, kind, *_ in everyone} <= {"", "type"} else ValueError
+        raise raised("; ".join(f"{what} (rank {', '.join(ranks)})" for what, ranks in refusals.items()))
+    require([said for *_, said, _ in everyone])
+    return [aside for *_, aside in everyone]

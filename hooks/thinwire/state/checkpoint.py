@@ -1,42 +1,60 @@
 """A rank's state as plain tensors, numbers and strings, and back, also where the number of ranks has changed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+
+from thinwire.core import memory
 from thinwire.core.reducer import Reducer
-from thinwire.methods import Elastic, Method
+from thinwire.methods import Elastic, Method, block_sparse
+from thinwire.state import entries, order
+from thinwire.state.entries import FORMAT
 
 _log = logging.getLogger("thinwire")
-FORMAT = 1
-_KEYS = {"format", "method", "rank", "world_size", "memory", "step", "scale"}
+_REQUIRED = {
+    "format": entries.FORMATS, "method": entries.DESCRIBED, "rank": entries.COUNT, "world_size": entries.RANKS,
+    "memory": entries.BY_NAME, "step": entries.COUNT, "scale": entries.SCALE,
+}  # fmt: skip
+_OPTIONAL = {
+    "controller": entries.BY_NAME, "gradient_norm": entries.NUMBER, "late": entries.LIST, "late_next": entries.NAMES,
+}  # fmt: skip
+
+# Parameters by name whose flat gradients are in the order of memory; see thinwire.state.order.
+InMemory = Mapping[str, torch.Tensor]
 
 
-def save(method: Method, reducer: Reducer) -> dict:
+def save(method: Method, reducer: Reducer, in_memory: InMemory) -> dict:
     """One rank's shard; memory maps a state's name to {parameter name: 1-D tensor}."""
     return {
         "format": FORMAT,
         "method": method.describe(),
         "rank": reducer.rank,
         "world_size": reducer.world_size,
-        "memory": {name: store.state_dict() for name, store in reducer.memory.stores().items()},
+        "memory": {
+            kind: {name: order.to_saved(tensor, in_memory.get(name)) for name, tensor in store.state_dict().items()}
+            for kind, store in reducer.memory.stores().items()
+        },
     }
 
 
-def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels: dict[str, int]) -> dict:
+def load(state: Any, method: Method, reducer: Reducer, numels: dict[str, int], in_memory: InMemory) -> dict:
     """Check everything, then put a state back; see ``Handle.load_state_dict``. Returns this rank's shard.
 
     numels: elements of each parameter of the model. Raises ValueError, with nothing changed, where the state does
     not fit.
     """
-    shards = check(shards, method, numels)
+    shards = check(state, method, numels)
     by_rank = {shard["rank"]: shard for shard in shards}
     was, now = shards[0]["world_size"], reducer.world_size
     if was == now and reducer.rank in by_rank:
-        states = by_rank[reducer.rank]["memory"]
+        states, say = by_rank[reducer.rank]["memory"], None
     elif sorted(by_rank) == list(range(was)) and len(shards) == was:
+        entries.check_same(shards, ("scale",))
         states = _redistributed(by_rank, reducer.rank, was, now)
-        _log.warning("thinwire: state of %d ranks loaded on %d: residuals are summed onto the ranks there are and "
-                     "scaled by %d/%d, so that their mean is unchanged", was, now, now, was)  # fmt: skip
+        say = ("thinwire: state of %d ranks loaded on %d: residuals are summed onto the ranks there are and scaled by "
+               "%d/%d, so that their mean is unchanged", was, now, now, was)  # fmt: skip
     else:
         raise ValueError(
             f"load_state_dict got the state of rank {sorted(by_rank)} of {was} on rank {reducer.rank} of {now}: pass "
@@ -56,30 +74,40 @@ def load(shards: dict | Sequence[dict], method: Method, reducer: Reducer, numels
             f"load_state_dict got the state of {was} ranks on {now}, with gradients that Elastic had yet to apply and "
             "that belong to those ranks: call finalize() before saving"
         )
-    for name, store in reducer.memory.stores().items():
-        store.load_state_dict(states.get(name, {}))
+    if say is not None:
+        _log.warning(*say)
+    if changed := _changed(method, shards[0]["method"]):
+        _log.warning("thinwire: the state was saved with other settings: %s", "; ".join(changed))
+    for kind, store in reducer.memory.stores().items():
+        tensors = states.get(kind, {}).items()
+        store.load_state_dict({name: order.from_saved(tensor, in_memory.get(name)) for name, tensor in tensors})
     return by_rank.get(reducer.rank, shards[0])
 
 
-def check(shards: dict | Sequence[dict], method: Method, numels: dict[str, int] | None = None) -> list[dict]:
-    """The shards in a list. Raises ValueError where they are none, or not of this method, or not of this model, whose
-    numels may be unknown yet. Says so in the log where only settings differ."""
-    shards = [shards] if isinstance(shards, dict) or shards is None else list(shards)
-    if not shards:
-        raise ValueError("load_state_dict got an empty list: pass this rank's shard, or the shards of all ranks")
+def check(state: Any, method: Method, numels: dict[str, int] | None = None) -> list[dict]:
+    """The shards of a state in a list. Raises ValueError where it is none, or not of this method, or not of this
+    model, whose numels may be unknown yet."""
+    shards = entries.shards_of(state)
+    sizes = None if numels is None else {name: torch.Size((numel,)) for name, numel in numels.items()}
     for shard in shards:
-        _check(shard, method, numels)
-    for key in ("step", "world_size"):
-        if len({shard[key] for shard in shards}) > 1:
-            raise ValueError(f"load_state_dict got shards of different {key}: {[shard[key] for shard in shards]}")
-    ours, theirs = method.describe(), shards[0]["method"]
-    changed = [f"{key} was {theirs[key]} and is {value}" for key, value in ours.items()
-               if theirs.get(key, value) != value]  # fmt: skip
+        entries.check_entries(shard, _REQUIRED, _OPTIONAL, "thinwire state")
+        _check_method(shard, method)
+        _check_memory(shard, method, sizes)
+        _check_late(shard, sizes)
+        if controller := shard.get("controller"):
+            entries.check_entry("'controller' of the state", controller, "density", entries.DENSITY)
+            entries.check_entry("'controller' of the state", controller, "before", entries.NUMBER)
+    entries.check_same(shards, ("step", "world_size"))
+    return shards
+
+
+def _changed(method, theirs):
+    """In words, the settings that differ."""
+    ours = method.describe()
+    changed = entries.changed_settings(ours, theirs)
     if ("elastic.beta" in ours) != ("elastic.beta" in theirs):
         changed.append(f"it was saved {'without' if 'elastic.beta' in ours else 'with'} Elastic")
-    if changed and numels is not None:
-        _log.warning("thinwire: the state was saved with other settings: %s", "; ".join(changed))
-    return shards
+    return changed
 
 
 def _redistributed(by_rank, rank, was, now):
@@ -98,10 +126,8 @@ def _redistributed(by_rank, rank, was, now):
     return states
 
 
-def _check(shard, method, numels):
-    if not isinstance(shard, dict) or not _KEYS <= shard.keys() or shard["format"] != FORMAT:
-        found = sorted(shard) if isinstance(shard, dict) else type(shard).__name__
-        raise ValueError(f"load_state_dict got {found}: not a thinwire state of format {FORMAT}")
+def _check_method(shard, method):
+    """That the tensors mean something to this method."""
     ours, theirs = method.describe(), shard["method"]
     if shard.get("late") and (not isinstance(method, Elastic) or method.beta == 1):
         raise ValueError(
@@ -114,11 +140,39 @@ def _check(shard, method, numels):
                 f"load_state_dict: the state was saved with {field}={theirs.get(field)} and this method has "
                 f"{field}={ours.get(field)}; its tensors mean nothing to it"
             )
-    held = list(shard["memory"].items()) + [("what is late", late["tensors"]) for late in shard.get("late", ())]
-    for name, tensors in held if numels is not None else ():
-        for parameter, tensor in tensors.items():
-            if numels.get(parameter) != tensor.numel():
-                has = f"{numels[parameter]} elements" if parameter in numels else "no such parameter"
-                raise ValueError(
-                    f"load_state_dict: {name} of {parameter!r} has {tensor.numel()} elements and the model has {has}"
-                )
+
+
+def _check_memory(shard, method, sizes):
+    """That the memory is whole: all that this one keeps, of the same parameters."""
+    sparse = block_sparse(method.method if isinstance(method, Elastic) else method)
+    kept, held = set(memory.of(sparse.memory, sparse.momentum).stores()), shard["memory"]
+    if held.keys() != kept:
+        keeps = ", ".join(map(repr, sorted(kept))) or "nothing"
+        entries.refuse("'memory' of the state", held, f"a dictionary of {keeps}, what memory={sparse.memory!r} keeps")
+    for kind in sorted(held):
+        entries.check_tensors(kind, held[kind], sizes, flat=True)
+    names = {kind: set(held[kind]) for kind in sorted(held)}
+    for kind, found in names.items():
+        for other, found_there in names.items():
+            if alone := sorted(found - found_there):
+                raise ValueError(f"load_state_dict: {kind} of the state has {alone[0]!r} and its {other} has not: they "
+                                 "must be of the same parameters")  # fmt: skip
+
+
+def _check_late(shard, sizes):
+    """That each late gradient is whole: its step, its tensors, and a learning rate for each."""
+    for i, one in enumerate(shard.get("late", ())):
+        path = f"'late'[{i}] of the state"
+        if not isinstance(one, dict):
+            entries.refuse(path, one, "a dictionary of step, lr and tensors")
+        entries.check_entry(path, one, "step", entries.COUNT)
+        entries.check_entry(path, one, "lr", entries.BY_NAME)
+        entries.check_entry(path, one, "tensors", entries.BY_NAME)
+        if one["step"] >= shard["step"]:
+            entries.refuse(f"'step' of {path}", one["step"], f"below the state's own, {shard['step']}")
+        if one["lr"].keys() != one["tensors"].keys() or not one["lr"]:
+            entries.refuse(f"'lr' of {path}", one["lr"], "a learning rate for each of its tensors, one at least")
+        for name in one["lr"]:
+            entries.check_entry(f"'lr' of {path}", one["lr"], name, entries.NUMBER)
+        entries.check_tensors(f"what is late, {path},", one["tensors"], sizes, flat=True)
+    entries.check_names("'late_next' of the state", shard.get("late_next", ()), sizes)

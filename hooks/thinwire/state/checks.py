@@ -71,9 +71,25 @@ def check_optimizer_type(optimizer: Any) -> None:
     """Raise TypeError for what is given as an optimizer and is none of PyTorch's kind."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer; leave it out where it is "
+            f"optimizer is {_shown(optimizer)}: it must be a torch.optim.Optimizer; leave it out where it is "
             "another kind"
         )
+
+
+def check_grad_scaler(grad_scaler: Any, steps: bool = False) -> None:
+    """Raise TypeError for what is given as a GradScaler and is none, nor works like one. steps: whether its ``step`` is
+    needed too."""
+    needed = ("get_scale", "is_enabled") + (("step",) if steps else ())
+    callables = all(callable(getattr(grad_scaler, name, None)) for name in needed)
+    if grad_scaler is not None and (isinstance(grad_scaler, type) or not callables):
+        raise TypeError(
+            f"grad_scaler is {_shown(grad_scaler)}: it must be a torch.amp.GradScaler, or have its "
+            f"{', '.join(needed[:-1])} and {needed[-1]}; leave it out where the loss is not scaled"
+        )
+
+
+def _shown(thing):
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> None:

@@ -6,6 +6,7 @@ from thinwire.core import selection
 from thinwire.core.blocks import Layout
 from thinwire.core.stats import ring_all_reduce_bytes
 from thinwire.methods import DivideAndShuffle, Elastic, Method, block_sparse
+from thinwire.methods.base import check_count
 from thinwire.state.names import parameter_names
 
 
@@ -18,8 +19,14 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     block's number takes 4 bytes, and 8 where a bucket (nominated) or a parameter (topk) has more than 2^31 blocks, of
     which the model is taken for one bucket.
     With density="auto" it is that of max_density; Elastic sends what its method sends, but for a few bytes of norms.
-    Raises TypeError for DivideAndShuffle, whose bytes depend on the round.
+    Raises TypeError for DivideAndShuffle, whose bytes depend on the round, and TypeError or ValueError for what is no
+    model, no number of ranks or no step.
     """
+    check_count("estimate", "world_size", world_size, 1)
+    if step is not None:
+        check_count("estimate", "step", step, 0)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"estimate got a {type(model).__name__} as model: it must be a torch.nn.Module")
     if isinstance(method, DivideAndShuffle):
         raise TypeError(
             "there is no estimate for DivideAndShuffle: a round in a group of s ranks sends 2 (s - 1) / s times what "

@@ -13,6 +13,7 @@ from thinwire.core.reducer import Reducer
 from thinwire.core.wire import Wire
 from thinwire.methods import Dense, Method, block_sparse
 from thinwire.state import agree, checkpoint
+from thinwire.state.checks import check_grad_scaler
 from thinwire.state.handle import Handle
 from thinwire.state.steps import Steps
 
@@ -26,6 +27,7 @@ class GradientHandle(Handle):
                  runs: Method | None = None):  # fmt: skip
         self._block_sparse = block_sparse(method if runs is None else runs)
         super().__init__(method, consistency_every or EVERY_IF_AUTO * self._block_sparse.automatic, log)
+        check_grad_scaler(grad_scaler)
         self._grad_scaler = grad_scaler
         self._scale: float | None = None
         self._step = 0
@@ -91,7 +93,7 @@ class GradientHandle(Handle):
         self._look()
         scale = 0.0 if self._scale is None else self._scale
         controller = {} if self._controller is None else self._controller.state_dict()
-        return checkpoint.save(self.method, self._reducer) | {
+        return checkpoint.save(self.method, self._reducer, self._in_memory()) | {
             "step": self._step, "scale": scale, "controller": controller, "gradient_norm": self._gradient_norm,
         }  # fmt: skip
 
@@ -105,10 +107,10 @@ class GradientHandle(Handle):
         """
         self._refuse_if_closed("load_state_dict()")
         if self._reducer is None:
-            checkpoint.check(state, self.method)
+            checkpoint.check(state, self.method, {name: p.numel() for name, p in self._in_memory().items()} or None)
             self._waiting_state = state
         else:
-            self._put_back(checkpoint.load(state, self.method, self._reducer, self._numels))
+            self._put_back(checkpoint.load(state, self.method, self._reducer, self._numels, self._in_memory()))
             if self._scale != 1.0 and (self._grad_scaler is None or not self._grad_scaler.is_enabled()):
                 self._rescale(1 / self._scale)  # it was saved under a GradScaler
                 self._scale = 1.0
@@ -141,9 +143,10 @@ class GradientHandle(Handle):
 
     def _put_back(self, shard):
         self._step, self._scale, self._agreed = shard["step"], shard["scale"] or 1.0, False
-        self._gradient_norm = shard.get("gradient_norm", 0.0)
-        if self._controller is not None and shard.get("controller"):
-            self._controller.load_state_dict(shard["controller"])
+        self._gradient_norm = float(shard.get("gradient_norm", 0.0))
+        if self._controller is not None:
+            fresh = {"density": self._block_sparse.max_density, "before": 0.0}
+            self._controller.load_state_dict(shard.get("controller") or fresh)
 
     def _start(self, numels: dict[str, int], rank: int, world_size: int, wire: Wire | None = None) -> None:
         """Make the reducer, for a model whose parameters have these sizes."""
@@ -151,8 +154,16 @@ class GradientHandle(Handle):
         self._world_size = world_size
         self._reducer = Reducer(self._block_sparse, rank, world_size, wire)
         if self._waiting_state is not None:
-            state, self._waiting_state = self._waiting_state, None
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(self._waiting_state)
+            except ValueError:
+                self._reducer = None  # nothing has begun: without the state it would train as if there were none
+                raise
+            self._waiting_state = None
+
+    def _in_memory(self) -> dict[str, torch.Tensor]:
+        """Parameters by name whose flat gradients come in the order of memory; see thinwire.state.order."""
+        return {}
 
     def _watch(self, named: Mapping[torch.Tensor, str], optimizer: torch.optim.Optimizer | None) -> None:
         """Find out which backward passes belong to a step, where that makes a difference: see thinwire.state.steps."""
@@ -193,7 +204,7 @@ class GradientHandle(Handle):
             if found["step"] > self._block_sparse.warmup_steps:
                 self._controller.update(found["residual"])
                 # Logarithms differ in their last bit between machines: rank 0's density counts.
-                mine = torch.tensor([self._controller.density], dtype=torch.float64)
+                mine = torch.tensor([self._controller.density], dtype=torch.float64, device="cpu")
                 self._controller.density = float(self._gather_numbers(mine)[0])
             found["density"] = self._controller.density
         self._record(found)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method, block_sparse
+from thinwire.methods.base import check_count
 
 # The best rates of the suite's grid (benchmarks/results/train_options.json), the byte-level transformer with AdamW on 4
 # ranks: four times plain DDP's for nominated 1 % and 4 %, twice for 16 %. Nothing above was better.
@@ -57,6 +58,8 @@ def suggest(method: Method, optimizer: torch.optim.Optimizer, world_size: int | 
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"suggest got {type(optimizer).__name__} as optimizer: it must be a torch.optim.Optimizer")
+    if world_size is not None:
+        check_count("suggest", "world_size", world_size, 1)
     if isinstance(method, Elastic):
         return suggest(method.method, optimizer, world_size)
     if world_size is None and dist.is_available() and dist.is_initialized():
