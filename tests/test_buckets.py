@@ -232,9 +232,10 @@ def test_nothing_is_lost_where_a_layer_is_frozen(ranks):
 def nameless(rank, n, method, with_module):
     model = mlp()
     ddp = wrap(model)
-    state = thinwire.HookState(method, model) if with_module else thinwire.HookState(method)
-    ddp.register_comm_hook(state, thinwire.hook)
     optimizer, batches = sgd(ddp), data(rank)
+    modules = [model] if with_module else []
+    state = thinwire.HookState(method, *modules, optimizer=optimizer)
+    ddp.register_comm_hook(state, thinwire.hook)
     for _ in range(6):
         step(ddp, optimizer, next(batches))
     measured = state.consistency()

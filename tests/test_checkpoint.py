@@ -106,7 +106,8 @@ def load_shards(rank, n, method, shards):
         handle.load_state_dict(shards)
     x, y = next(data(rank))
     ((ddp(x) - y) ** 2).mean().backward()  # and it runs
-    fresh = attach(wrap(mlp()), method, sgd(ddp))
+    another = wrap(mlp())
+    fresh = attach(another, method, sgd(another))
     fresh.load_state_dict(shards)
     return fresh.state_dict(), messages
 

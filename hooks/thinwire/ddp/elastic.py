@@ -159,7 +159,7 @@ class ElasticState(LateSteps, HookState):
             )
         if not self._lrs.keys() >= set(names):  # what was frozen at first may be new
             self._lrs = self._learning_rates()
-        were, flat = self._take_in(bucket, may_be_zero=True), bucket.buffer()
+        were, flat = self._own_share(bucket, may_be_zero=True), bucket.buffer()
         self._note_gradient(flat, step)
         of = Pass(self._steps.number, again=bool(were))
         one = Bucket(flat, names, numels, self._lrs, step, self._density_at(step), of, were)

@@ -156,7 +156,7 @@ class HookState(Occupant, GradientHandle):
 
     def _exchange(self, bucket, step):
         names, numels = self._parameters_of(bucket)
-        were, flat = self._take_in(bucket), bucket.buffer()
+        were, flat = self._own_share(bucket), bucket.buffer()
         self._note_gradient(flat, step)
         of = Pass(None if self._steps is None else self._steps.number, again=bool(were))
         future = self._channel.average(flat, names, numels, step, self._density_at(step), of)
@@ -164,7 +164,7 @@ class HookState(Occupant, GradientHandle):
         factor = self._group.size() / self._with_data
         return future if factor == 1 and not were else future.then(lambda done: _finished(done, flat, factor, were))
 
-    def _take_in(self, bucket, may_be_zero=False):
+    def _own_share(self, bucket, may_be_zero=False):
         """Leave in the bucket what this pass has added to gradients. Returns what was there of earlier passes of the
         same step, as (views of the bucket, tensors to be added again), or nothing."""
         if self._steps is None:

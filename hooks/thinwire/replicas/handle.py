@@ -54,7 +54,11 @@ class Replicas(Handle):
         self._moments_every = moments_every(method, optimizer)
         self._moment_names = moment_names(optimizer)
         self._alone = Alone(optimizer)
-        self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
+        try:
+            self._hooks = StepHooks(optimizer, self, method.overlap == "bucket", grad_scaler)
+        except BaseException:
+            self._alone.close()
+            raise
 
     def __repr__(self):
         return f"<{type(self).__name__} of {self.method}, round {self._rounds.done}>"
