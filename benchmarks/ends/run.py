@@ -4,7 +4,7 @@
     python benchmarks/ends/run.py --ends 20 --methods Elastic --ways nothing
 
 What is counted is how each rank's process ended: by itself (its exit status, or the signal that was sent to it), in an
-abort, in a segmentation fault, or not at all within half a minute. A script that has nothing left to do should end by
+abort, in a segmentation fault, or not at all within ten seconds. A script that has nothing left to do should end by
 itself; and none may abort under thinwire that would not with plain DDP.
 
 Importing torch takes seconds, so a server imports it once and forks every rank, which then leaves as any Python program
@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
 
 OUTCOMES = ("by itself", "other", "abort", "segmentation fault", "hang")
-PATIENCE = 30.0  # seconds until an end is called a hang
+PATIENCE = 10.0  # seconds until an end is called a hang
 
 
 class Server:
@@ -67,7 +67,7 @@ def outcome(way: str, status: int | None) -> str:
 
 def serve() -> None:
     """Fork ranks as told on stdin, until it closes. A rank returns from here into the interpreter's end."""
-    import torch._dynamo  # noqa: F401: which making a DistributedDataParallel imports
+    import torch._dynamo  # noqa: F401 (which making a DistributedDataParallel imports)
 
     from ends import rank
 

@@ -33,6 +33,16 @@ def heaviest(norms: Sequence[float], beta: float) -> set[int]:
     return chosen
 
 
+def add_in_rank_order(everyone: torch.Tensor) -> torch.Tensor:
+    """The sum of rows [ranks, L], the same bits on every rank: what is late is decided by it, and an all-reduce need
+    not give that."""
+    everyone = everyone.cpu()
+    total = everyone[0].clone()
+    for row in everyone[1:]:
+        total += row
+    return total
+
+
 class Late:
     """One bucket's gradient of one step: flat [N] is this rank's until it has ``landed``, and then the average.
 
