@@ -177,7 +177,7 @@ def all_reduce_to_an_ulp(rank):
 
 
 def decide_at_the_edge(rank, n, unused):
-    """Layers with equal gradients, so that the last bit of their norms says which are heaviest; which are late, by step."""
+    """Layers with equal gradients, so that the norms' last bit says which are heaviest. Which are late, by step."""
     width, layers = 20, 4
     model = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(layers)])
     ddp = wrap(model, bucket_cap_mb=1e-4, find_unused_parameters=unused)

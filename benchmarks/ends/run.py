@@ -38,9 +38,9 @@ class Server:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                          stderr=None if log is None else log.open("w"), cwd=cores)  # fmt: skip
 
-    def end(self, method: str, way: str, ranks: int) -> list[int | None]:
+    def end(self, method: str, way: str, ranks: int, linger: float = 0.0) -> list[int | None]:
         """The exit statuses of the ranks, minus the signal where one ended it, None for a hang."""
-        self._process.stdin.write(json.dumps([method, way, ranks]) + "\n")
+        self._process.stdin.write(json.dumps([method, way, ranks, linger]) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -59,7 +59,8 @@ def outcome(way: str, status: int | None) -> str:
     """How an end is counted."""
     if status is None:
         return "hang"
-    proper = {"exception": {1}, "Ctrl-C": {1, -signal.SIGINT}, "SIGTERM": {1, 128 + signal.SIGTERM}}.get(way, {0})
+    proper = {"Ctrl-C": {1, -signal.SIGINT}, "SIGTERM": {1, 128 + signal.SIGTERM}}
+    proper = {1} if "exception" in way else proper.get(way, {0})
     if status in proper:  # 1: a rank may hear that the other one has left first
         return "by itself"
     return {-signal.SIGABRT: "abort", -signal.SIGSEGV: "segmentation fault"}.get(status, "other")
@@ -78,7 +79,7 @@ def serve() -> None:
     os.dup2(2, 1)
     draw = random.Random(0)
     for number, line in enumerate(iter(sys.stdin.readline, "")):
-        method, way, ranks = json.loads(line)
+        method, way, ranks, linger = json.loads(line)
         reading, writing = os.pipe()
         pids = []
         for one in range(ranks):
@@ -86,7 +87,7 @@ def serve() -> None:
                 os.close(reading)
                 answers.close()
                 os.close(0)
-                rank.main(method, way, one, ranks, host.open(number), lambda: os.write(writing, b"."))
+                rank.main(method, way, one, ranks, host.open(number), lambda: os.write(writing, b"."), linger)
                 return
             pids.append(pid)
         os.close(writing)
@@ -146,14 +147,14 @@ def _wait(pids):
     return [found[pid] for pid in pids]
 
 
-def measure(methods, ways, ends, ranks, server):
+def measure(methods, ways, ends, ranks, linger, server):
     rows = []
     for way in ways:
         for method in methods:
             begin = time.monotonic()
             counts, statuses = collections.Counter(), collections.Counter()
             for _ in range(ends):
-                found = server.end(method, way, ranks)
+                found = server.end(method, way, ranks, linger)
                 statuses.update(map(str, found))
                 counts[max((outcome(way, status) for status in found), key=OUTCOMES.index)] += 1
             rows.append({"method": method, "way": way, "ends": ends, **{key: counts[key] for key in OUTCOMES},
@@ -166,6 +167,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ends", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--linger", type=float, default=0.0, help="seconds by which each end takes longer")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--ways", nargs="+")
     parser.add_argument("--log", type=Path, help="what ranks say, instead of on the terminal")
@@ -182,8 +184,9 @@ def main():
     if args.cores:
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     with Server(args.log, args.cores) as server:
-        rows = measure(args.methods or METHODS, args.ways or WAYS, args.ends, args.ranks, server)
-    save("ends", "python benchmarks/ends/run.py", rows, args.out or RESULTS, ranks=args.ranks)
+        rows = measure(args.methods or METHODS, args.ways or WAYS, args.ends, args.ranks, args.linger, server)
+    save("ends", "python benchmarks/ends/run.py", rows, args.out or RESULTS, ranks=args.ranks,
+         linger=args.linger)
     heads = ("way", "method", "ends", *OUTCOMES)
     print_table(heads, [tuple(str(row[head]) for head in heads) for row in rows], left=2)
 
