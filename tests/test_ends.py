@@ -151,16 +151,6 @@ def test_a_failed_courier_raises_from_wait_after_close():
             courier.wait(seconds=30)
 
 
-def test_who_waits_while_a_courier_is_closed_is_answered():
-    for _ in range(200):
-        courier = Courier("test", CPU, lambda error: None)
-        waiting = threading.Thread(target=courier.wait, daemon=True)
-        waiting.start()
-        courier.close()
-        waiting.join(30)
-        assert not waiting.is_alive()
-
-
 # ---- figures ----
 
 
