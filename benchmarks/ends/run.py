@@ -4,7 +4,7 @@
     python benchmarks/ends/run.py --ends 20 --methods Elastic --ways nothing
 
 What is counted is how each rank's process ended: by itself (its exit status, or the signal that was sent to it), in an
-abort, in a segmentation fault, or not at all within ten seconds. A script that has nothing left to do should end by
+abort, in a segmentation fault, or not at all within half a minute. A script that has nothing left to do should end by
 itself; and none may abort under thinwire that would not with plain DDP.
 
 Importing torch takes seconds, so a server imports it once and forks every rank, which then leaves as any Python program
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
 
 OUTCOMES = ("by itself", "other", "abort", "segmentation fault", "hang")
-PATIENCE = 10.0  # seconds until an end is called a hang
+PATIENCE = 30.0  # seconds until an end is called a hang
 
 
 class Server:
@@ -147,7 +148,8 @@ def _wait(pids):
     return [found[pid] for pid in pids]
 
 
-def measure(methods, ways, ends, ranks, linger, server):
+def measure(methods, ways, ends, ranks, linger, server, keep):
+    """The rows; keep: what is called with those so far, for it takes hours."""
     rows = []
     for way in ways:
         for method in methods:
@@ -159,7 +161,7 @@ def measure(methods, ways, ends, ranks, linger, server):
                 counts[max((outcome(way, status) for status in found), key=OUTCOMES.index)] += 1
             rows.append({"method": method, "way": way, "ends": ends, **{key: counts[key] for key in OUTCOMES},
                          "statuses": dict(statuses), "seconds": round(time.monotonic() - begin, 1)})  # fmt: skip
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            keep(rows)
     return rows
 
 
@@ -172,7 +174,7 @@ def main():
     parser.add_argument("--ways", nargs="+")
     parser.add_argument("--log", type=Path, help="what ranks say, instead of on the terminal")
     parser.add_argument("--cores", type=Path, help="a folder in which aborts leave core files")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="benchmarks/results by default")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -181,12 +183,13 @@ def main():
 
     from ends.rank import METHODS, WAYS
 
+    args.out = args.out or RESULTS
     if args.cores:
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    command = shlex.join(["python", "benchmarks/ends/run.py", *sys.argv[1:]])
+    keep = lambda rows: save("ends", command, rows, args.out, ranks=args.ranks, linger=args.linger)
     with Server(args.log, args.cores) as server:
-        rows = measure(args.methods or METHODS, args.ways or WAYS, args.ends, args.ranks, args.linger, server)
-    save("ends", "python benchmarks/ends/run.py", rows, args.out or RESULTS, ranks=args.ranks,
-         linger=args.linger)
+        rows = measure(args.methods or METHODS, args.ways or WAYS, args.ends, args.ranks, args.linger, server, keep)
     heads = ("way", "method", "ends", *OUTCOMES)
     print_table(heads, [tuple(str(row[head]) for head in heads) for row in rows], left=2)
 
