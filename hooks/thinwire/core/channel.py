@@ -5,6 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from thinwire.core.ends import Callback, keep
 from thinwire.core.exchange import AllGather, OwnerExchange, gather_now
 from thinwire.core.memory import UNKNOWN, Pass, wide
 from thinwire.core.reducer import Reducer
@@ -20,6 +21,7 @@ class Channel:
         self._reducer = reducer
         self._all_gather, self._owners = AllGather(group), OwnerExchange(group)
         self._alive: list = []
+        keep(group)
 
     def forget(self) -> None:
         """What was kept alive for the device's sake may go: it has done all the work so far."""
@@ -39,19 +41,18 @@ class Channel:
             # The callback's work is queued on a stream of its own and reads tensors made on this one: they must not
             # be freed before that work is done, which it is when the optimizer has stepped.
             self._alive.append((encoded, flight))
-        stats.encode_s += sending - begin
         stats.count_bytes(flight.bytes_sent)
-        stats.dense_bytes += ring_all_reduce_bytes(flat.numel() * flat.element_size(), self._group.size())
+        dense = ring_all_reduce_bytes(flat.numel() * flat.element_size(), self._group.size())
+        stats.add(encode_s=sending - begin, dense_bytes=dense)
 
         def decode(future):
             future.value()  # raises if the collective failed; what it holds differs between backends
             arriving = time.perf_counter()
             self._reducer.decode(encoded, exchange.collect(flight, encoded.wire), flight.lost)
-            stats.exchange_s += arriving - sending
-            stats.decode_s += time.perf_counter() - arriving
+            stats.add(exchange_s=arriving - sending, decode_s=time.perf_counter() - arriving)
             return flat
 
-        return flight.future.then(decode)
+        return flight.future.then(Callback(self._group, decode))
 
     def _gather_now(self, values):
         self._stats.count_bytes((self._group.size() - 1) * values.numel() * values.element_size())

@@ -1,6 +1,9 @@
 """Bytes and seconds of the steps done so far."""
 
+import threading
 from dataclasses import asdict, astuple, dataclass
+
+_lock = threading.Lock()  # one for all: it is held for an addition
 
 
 @dataclass
@@ -10,7 +13,7 @@ class Stats:
     steps; bytes_sent and bytes_received, by the arithmetic of the collectives (payloads, without TCP's headers);
     dense_bytes, what a ring all-reduce of the same gradients would send; host seconds: encode_s, from the gradient
     to the message; exchange_s, from there until the last message is here, so including whatever it overlaps with;
-    decode_s, until the averaged gradient is written.
+    decode_s, until the averaged gradient is written. ``add`` from whichever thread; += loses what two add at once.
     """
 
     steps: int = 0
@@ -23,8 +26,13 @@ class Stats:
 
     def count_bytes(self, nbytes: int) -> None:
         """Count a collective in which every rank sends and receives nbytes."""
-        self.bytes_sent += nbytes
-        self.bytes_received += nbytes
+        self.add(bytes_sent=nbytes, bytes_received=nbytes)
+
+    def add(self, **amounts: float) -> None:
+        """Add to fields, by name."""
+        with _lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
 
     @property
     def compression(self) -> float:

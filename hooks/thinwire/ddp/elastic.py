@@ -24,7 +24,7 @@ from thinwire.ddp.mount import mount, restore_copied
 from thinwire.elastic.late_steps import LateSteps, check_optimizer
 from thinwire.elastic.scheduling import Agreed, Arrival, Bucket, Lane
 from thinwire.methods import Elastic
-from thinwire.replicas.groups import backend_of, timeout_of
+from thinwire.replicas.groups import another, destroy
 from thinwire.state import agree, order
 from thinwire.state.cautions import caution
 from thinwire.state.checks import check_model, check_momentum, check_owned
@@ -137,11 +137,7 @@ class ElasticState(LateSteps, HookState):
         )  # fmt: skip
 
     def _lane(self, device, name):
-        group = dist.new_group(
-            dist.get_process_group_ranks(self._group), backend=backend_of(self._group),
-            timeout=timeout_of(self._group, device),
-            use_local_synchronization=self._group.size() < dist.get_world_size(),
-        )  # fmt: skip
+        group = another(self._group)
         stats = Stats()
         courier = Courier(f"thinwire-{name}", device, lambda error: self._rule.fail(error))
         return Lane(group, courier, Channel(group, self._reducer, stats), stats)
@@ -210,7 +206,7 @@ class ElasticState(LateSteps, HookState):
             dist.barrier(group=self._group)  # another rank may still be connecting to the groups
         for lane in rule.lanes:
             lane.courier.close()
-            dist.destroy_process_group(lane.group)
+            destroy(lane.group)
 
     def _apply_pending(self):
         super()._apply_pending()

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from thinwire.core.channel import Channel
+from thinwire.core.ends import Callback
 from thinwire.core.exchange import gather_now, gather_objects
 from thinwire.core.memory import Pass
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
@@ -162,7 +163,9 @@ class HookState(Occupant, GradientHandle):
         future = self._channel.average(flat, names, numels, step, self._density_at(step), of)
         # Here and not in the memory's factors: a control variate goes on being a mean over all ranks.
         factor = self._group.size() / self._with_data
-        return future if factor == 1 and not were else future.then(lambda done: _finished(done, flat, factor, were))
+        if factor == 1 and not were:
+            return future
+        return future.then(Callback(self._group, lambda done: _finished(done, flat, factor, were)))
 
     def _own_share(self, bucket, may_be_zero=False):
         """Leave in the bucket what this pass has added to gradients. Returns what was there of earlier passes of the

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.core.ends import Callback
+
 _log = logging.getLogger("thinwire")
 
 
@@ -69,7 +71,8 @@ class Seat:
             return self.occupant.reduce(bucket)
         group = dist.group.WORLD if self._group is None else self._group
         flat = bucket.buffer().mul_(1 / group.size())  # not div_: DDP multiplies, which gives other bits
-        return dist.all_reduce(flat, group=group, async_op=True).get_future().then(lambda future: _done(future, flat))
+        future = dist.all_reduce(flat, group=group, async_op=True).get_future()
+        return future.then(Callback(group, lambda future: _done(future, flat)))
 
     def leave(self) -> None:
         """The occupant has ended."""

@@ -60,6 +60,16 @@ class Usual:
         self._norms = self._norms[:-1]
 
 
+def add_in_rank_order(everyone: torch.Tensor) -> torch.Tensor:
+    """The sum of rows [ranks, L], the same bits on every rank: what is late is decided by it, and an all-reduce need
+    not give that."""
+    everyone = everyone.cpu()
+    total = everyone[0].clone()
+    for row in everyone[1:]:
+        total += row
+    return total
+
+
 class Late:
     """One bucket's gradient of one step: flat [N] is this rank's until it has ``landed``, and then the average.
 

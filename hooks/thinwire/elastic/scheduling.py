@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from thinwire.core.channel import Channel
 from thinwire.core.courier import Courier
+from thinwire.core.ends import Callback
+from thinwire.core.exchange import gather_now
 from thinwire.core.memory import Pass
-from thinwire.core.stats import Stats, ring_all_reduce_bytes
-from thinwire.elastic.lateness import Factor, Late, Ledger, Usual, heaviest
+from thinwire.core.stats import Stats
+from thinwire.elastic.lateness import Factor, Late, Ledger, Usual, add_in_rank_order, heaviest
 from thinwire.methods import Elastic
 
 
@@ -134,7 +136,7 @@ class Rule:
             except BaseException as error:
                 lane.courier.fail(error)
 
-        future.then(finish)
+        future.then(Callback(lane.group, finish))
 
     def _leave(self, lates):
         """These are on their way."""
@@ -237,9 +239,9 @@ class Agreed(Rule):
         """The norms of parameters, over the ranks; only of buckets where that is enough."""
         if not self.may_be_unused:
             norms = [some.sum()[None] for some in norms]
-        total = torch.cat(norms)
-        self.now.stats.count_bytes(ring_all_reduce_bytes(total.numel() * total.element_size(), self.now.group.size()))
-        dist.all_reduce(total, group=self.now.group)
+        mine = torch.cat(norms)
+        self.now.stats.count_bytes((self.now.group.size() - 1) * mine.numel() * mine.element_size())
+        total = add_in_rank_order(gather_now(mine, self.now.group))
         return [some.tolist() for some in total.split([len(some) for some in norms])]
 
 

@@ -18,7 +18,7 @@ import torch
 from thinwire.core.reducer import Encoded
 from thinwire.core.selection import BY_NAME
 from thinwire.elastic.late_steps import LateSteps, check_optimizer
-from thinwire.elastic.lateness import Late, Usual, heaviest
+from thinwire.elastic.lateness import Late, Usual, add_in_rank_order, heaviest
 from thinwire.horovod.compressor import GradientCompressor, _InFlight
 from thinwire.horovod.stock import hvd
 from thinwire.methods import Elastic
@@ -159,8 +159,8 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         mine = torch.cat([
             torch.stack(torch._foreach_norm([one.grad for one in group], 2, torch.float64)).cpu() for group in groups
         ])  # fmt: skip
-        self._stats.count_bytes(self._ring_bytes(mine))
-        total = hvd.allreduce(mine, op=hvd.Sum, name="thinwire.norms", process_set=self._set)
+        self._stats.count_bytes((self._set.size() - 1) * mine.numel() * mine.element_size())
+        total = add_in_rank_order(hvd.allgather(mine[None], name="thinwire.norms", process_set=self._set))
         return dict(zip(names, total.tolist(), strict=True))
 
     def _units(self, group, wanted):
