@@ -186,8 +186,10 @@ def main():
     args.out = args.out or RESULTS
     if args.cores:
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    given = {name: getattr(args, name) for name in ("ends", "ranks", "linger", "methods", "ways") if getattr(args, name)}
-    options = [[f"--{name}", *map(str, one if isinstance(one, list) else [one])] for name, one in given.items()]
+    options = []
+    for name in ("ends", "ranks", "linger", "methods", "ways"):
+        if given := getattr(args, name):
+            options.append([f"--{name}", *map(str, given if isinstance(given, list) else [given])])
     command = shlex.join(["python", "benchmarks/ends/run.py", *sum(options, [])])
     keep = lambda rows: save("ends", command, rows, args.out, ranks=args.ranks, linger=args.linger)
     with Server(args.log, args.cores) as server:
