@@ -186,7 +186,11 @@ def main():
     args.out = args.out or RESULTS
     if args.cores:
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    command = shlex.join(["python", "benchmarks/ends/run.py", *sys.argv[1:]])
+    options = []
+    for name in ("ends", "ranks", "linger", "methods", "ways"):
+        if given := getattr(args, name):
+            options.append([f"--{name}", *map(str, given if isinstance(given, list) else [given])])
+    command = shlex.join(["python", "benchmarks/ends/run.py", *sum(options, [])])
     keep = lambda rows: save("ends", command, rows, args.out, ranks=args.ranks, linger=args.linger)
     with Server(args.log, args.cores) as server:
         rows = measure(args.methods or METHODS, args.ways or WAYS, args.ends, args.ranks, args.linger, server, keep)
