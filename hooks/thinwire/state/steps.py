@@ -15,6 +15,7 @@ adds to them: its own share is what it finds in ``p.grad`` less what was there.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -61,9 +62,8 @@ class Steps:
         """This parameter too."""
         self._named[parameter] = name
         if parameter.requires_grad:
-            # The node of autograd's graph that adds to its gradient; DDP, and Horovod, keep it alive.
-            with torch.enable_grad():  # which is off in a backward pass, where a hook by hand comes to know them
-                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+            # What adds to its gradient in autograd's graph; DDP, and Horovod, keep it alive.
+            node: Any = torch.autograd.graph.get_gradient_edge(parameter).node
             self._handles.append(node.register_prehook(_looking(self._weak)))
 
     def begin_pass(self) -> None:
@@ -128,7 +128,7 @@ class Steps:
             self._backward = backward
             self.look()
             for p in self._open:
-                if p not in self._in_pass and p not in self._found:
+                if p not in self._in_pass and p not in self._found and p.grad is not None:
                     self._found[p] = p.grad.detach().clone()
 
     def stepped(self) -> None:
