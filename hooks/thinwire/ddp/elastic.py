@@ -177,7 +177,7 @@ class ElasticState(LateSteps, HookState):
 
     def _drop(self, names, step):
         if self._rule is not None:
-            self._rule.was_dropped()
+            self._rule.dropped(names)
         super()._drop(names, step)
 
     def _is_elastic(self):

@@ -129,7 +129,8 @@ class LateSteps:
             self._ledger.add(late)
 
     def _drop(self, names, step):
-        self._land()  # what is under way is encoded in a thread, and memory must have taken it in to put it back
+        if self._ledger.issued(names):
+            self._land()  # it is encoded in a thread, and memory must have taken it in to put it back
         self._ledger.put_back(names)
         super()._drop(names, step)
 

@@ -7,7 +7,7 @@ step's gradient, once, parameter by parameter, because DDP may have put them int
 import itertools
 import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,18 +46,22 @@ class Usual:
 
     def __init__(self) -> None:
         self._norms: list[float] = []
+        self._names: frozenset[str] = frozenset()
 
-    def outlies(self, norm: float) -> bool:
-        """Whether a step of this norm does; it is the step before from now on. One with inf or NaN is no step."""
+    def outlies(self, norm: float, names: Iterable[str]) -> bool:
+        """Whether a step of these parameters with this norm does; it is the step before from now on. One with inf or
+        NaN is no step."""
         if not math.isfinite(norm):
             return False
         before = self._norms[-1] if self._norms else math.inf
-        self._norms = [*self._norms[-1:], norm]
+        self._norms, self._names = [*self._norms[-1:], norm], frozenset(names)
         return norm > OUTLIER * before
 
-    def forget(self) -> None:
-        """The last one was not made."""
-        self._norms = self._norms[:-1]
+    def dropped(self, names: Collection[str]) -> None:
+        """No step is made with these parameters' gradients. Where those are all that the last one had, there was none.
+        """
+        if self._names and self._names <= set(names):
+            self._norms, self._names = self._norms[:-1], frozenset()
 
 
 def add_in_rank_order(everyone: torch.Tensor) -> torch.Tensor:
@@ -140,6 +144,10 @@ class Ledger:
     def drop(self, step: int) -> None:
         """Forget what this step issued."""
         self.lates = [late for late in self.lates if late.step != step]
+
+    def issued(self, names: Collection[str]) -> bool:
+        """Whether the step has issued anything of these parameters that is late."""
+        return any(not late.parts().keys().isdisjoint(names) for late in self._issued)
 
     def put_back(self, names: Collection[str]) -> None:
         """The step is not made with these parameters' gradients: what it issued of them is void, and what it was given

@@ -6,7 +6,7 @@ the buckets' futures. Averages are computed by couriers, in the same order on ev
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -99,8 +99,8 @@ class Rule:
     def forget_late(self) -> None:
         """Forget which buckets were to be late in the next step."""
 
-    def was_dropped(self) -> None:
-        """The step that was given last is not made."""
+    def dropped(self, names: Collection[str]) -> None:
+        """No step is made with these parameters' gradients."""
 
     def land_all(self) -> None:
         """Wait until nothing is under way."""
@@ -174,8 +174,8 @@ class Agreed(Rule):
         """Wait for every bucket of the next step."""
         self._will_be_late = set()
 
-    def was_dropped(self) -> None:
-        self._usual.forget()
+    def dropped(self, names: Collection[str]) -> None:
+        self._usual.dropped(names)
 
     def take(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
@@ -214,7 +214,8 @@ class Agreed(Rule):
             for bucket, some in zip(buckets, norms):
                 _give_up_unused(bucket, some)
         until = step - self.method.max_delay
-        if self._usual.outlies(math.fsum(norm for some in norms for norm in some)):
+        whole = math.fsum(norm for some in norms for norm in some)
+        if self._usual.outlies(whole, (name for bucket in buckets for name in bucket.names)):
             until = step
         due = [late for late in self.ledger.lates if late.step <= until]
         for arrival in [late.landed for late in due] + [b.averaged for b in buckets if b.late is None]:

@@ -119,7 +119,7 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         self._late_next = frozenset(shard.get("late_next", ()))
 
     def _drop(self, names, step):
-        self._usual.forget()
+        self._usual.dropped(names)
         super()._drop(names, step)
 
     def _exchange_deferred(self, ones_added):
@@ -130,7 +130,7 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         norms = self._added_norms(groups)
         waited = heaviest(list(norms.values()), self.method.beta)
         self._late_next = frozenset(name for i, name in enumerate(norms) if i not in waited)
-        if self._usual.outlies(math.fsum(norms.values())):
+        if self._usual.outlies(math.fsum(norms.values()), norms):
             late_now = frozenset()
         if not all(map(math.isfinite, norms.values())):  # what is due waits for a good step
             for one in (one for group in groups for one in group):

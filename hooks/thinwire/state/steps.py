@@ -13,6 +13,7 @@ adds to them: its own share is what it finds in ``p.grad`` less what was there.
 """
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,6 +46,7 @@ class Steps:
         self._in_pass: set[torch.Tensor] = set()
         self._backward = -1  # the one that was looked at last, in autograd's numbers
         self._ignores = False
+        self._lock = threading.Lock()
         self._alone = Alone(optimizer)
         self._weak = weakref.ref(self)
         self._handles: list = []
@@ -124,12 +126,15 @@ class Steps:
     def backward_adds(self) -> None:
         """A backward pass, of whatever kind, is about to add to a gradient."""
         backward = torch._C._current_graph_task_id()
-        if backward != self._backward:  # of one, the first; reentrant checkpointing has several in one
+        if backward == self._backward:
+            return
+        with self._lock:  # autograd has a thread for each device, and none may add before all has been seen
+            if backward != self._backward:  # of one, the first; reentrant checkpointing has several in one
+                self.look()
+                for p in self._open:
+                    if p not in self._in_pass and p not in self._found and p.grad is not None:
+                        self._found[p] = p.grad.detach().clone()
             self._backward = backward
-            self.look()
-            for p in self._open:
-                if p not in self._in_pass and p not in self._found and p.grad is not None:
-                    self._found[p] = p.grad.detach().clone()
 
     def stepped(self) -> None:
         """The optimizer has made a step."""
