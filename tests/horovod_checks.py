@@ -1419,7 +1419,7 @@ def shuffled_averages():
 def shuffled_refusals():
     model = small(2)
     wrapped = hvd.DistributedOptimizer(models.sgd(model), model.named_parameters())
-    raised(ValueError, lambda: thinwire.horovod.DivideAndShuffleAverager(model, wrapped), "rank 0", "plain one")
+    raised(TypeError, lambda: thinwire.horovod.DivideAndShuffleAverager(model, wrapped), "rank 0", "plain one")
     other = DivideAndShuffle(schedule="ring" if hvd.rank() else "random")
     raised(ValueError, lambda: shuffled(other), "schedule: random on rank 0, ring on rank 1")
     raised(ValueError, lambda: shuffled(DivideAndShuffle(group_size=4)), "there are only")

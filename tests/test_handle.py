@@ -7,6 +7,7 @@ import weakref
 import pytest
 import thinwire
 import torch
+import torch._dynamo
 from models import data, equal_on_all_ranks, flat, logged, mlp, sgd, step, wrap
 from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
 
@@ -273,13 +274,12 @@ def test_close_ends_what_cannot_be_finalized(ranks):
 
 
 def python_reducer(rank, n):
-    model = mlp(layers=2)
-    ddp = wrap(model)
-    ddp._use_python_reducer = True
-    try:
-        thinwire.attach(ddp, BlockSparse())
-    except ValueError as error:
-        return str(error)
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        ddp = wrap(mlp(layers=2))
+        try:
+            thinwire.attach(ddp, BlockSparse())
+        except ValueError as error:
+            return str(error)
 
 
 def test_ddps_python_reducer_is_refused(ranks):

@@ -97,8 +97,9 @@ def advise(ddp: DistributedDataParallel, make_batch: Callable[[], object], loss_
     by itself, so make_batch, loss_fn and the model must not communicate; SyncBatchNorm, which does, is refused.
 
     The same on every rank is returned. With one rank there is nothing to predict, and it says so. Raises RuntimeError
-    where there is no process group, and ValueError, on every rank, where an argument is wrong or ranks differ, or
-    make_batch or loss_fn raised on some rank; so too, by itself, inside ``join()``.
+    where there is no process group, and on every rank TypeError, where an argument is of a wrong type, or ValueError,
+    where one is wrong or ranks differ, or make_batch or loss_fn raised on some rank; so too, by itself, inside
+    ``join()``.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("advise needs a process group: call torch.distributed.init_process_group(...) on every rank "
