@@ -385,7 +385,7 @@ def left_out_buckets(rank, n, method, unused):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle, batches = attach(ddp, method, optimizer), data(rank)
     for t in range(24):
-        model.unused = unused if t % 4 else None  # in some steps all are used
+        model.unused = None if t % 4 == 3 else unused  # in some steps all are used
         x, y = next(batches)
         optimizer.zero_grad()
         ((ddp(x) - y) ** 2).mean().backward()
