@@ -149,16 +149,28 @@ BREAKAGES = {
         ("test_loops.py::test_what_another_optimizer_steps_is_taken",),
     ),
     "an-optimizer-that-makes-no-steps-is-not-noticed": Breakage(
-        "state/steps.py", "if self._changes >= ALONE:", "if False:",
+        "state/steps.py", "if self._changes >= self._allowed:", "if False:",
         ("test_loops.py::test_an_optimizer_that_is_never_stepped_is_named",),
     ),
     "a-dropped-step-leaves-what-it-made-late": Breakage(
-        "elastic/lateness.py", "for name in late.parts().keys() & names:", "for name in ():",
+        "elastic/lateness.py", "if name in names and name in late.parts():", "if False:",
         ("test_loops.py::test_gradients_that_are_cleared_change_nothing",),
     ),
     "a-dropped-step-takes-along-what-was-late": Breakage(
-        "elastic/lateness.py", "                late.take_back(name)\n", "                pass\n",
+        "elastic/lateness.py", "            late.take_back(name)\n", "            pass\n",
         ("test_loops.py::test_gradients_that_are_cleared_change_nothing",),
+    ),
+    "a-ledger-forgets-what-it-issued-once-that-was-given": Breakage(
+        "elastic/lateness.py", "if name in names and (late, name) not in self._issued]", "if name in names]",
+        ("test_loops.py::test_what_is_void_does_not_come_back_by_parts",),
+    ),
+    "stand-ins-in-join-open-passes": Breakage(
+        "ddp/hook.py", "        return torch._C._current_graph_task_id() != -1\n", "        return True\n",
+        ("test_join.py::test_a_control_variate_stays_the_mean_of_all_ranks",),
+    ),
+    "what-was-skipped-is-used-again": Breakage(
+        "state/steps.py", "        self._void.update(self._open)\n", "",
+        ("test_loops.py::test_what_was_skipped_is_not_used_again",),
     ),
     "outliers-are-late-too": Breakage(
         "elastic/scheduling.py", "            until = step\n", "            pass\n",

@@ -132,7 +132,7 @@ def test_heaviest_are_the_fewest_that_make_up_beta():
 def test_ledger_applies_each_part_once_also_in_other_buckets():
     ledger = Ledger()
     late = Late(0, ("a", "b", "c"), (2, 1, 3), torch.arange(6.0), (0.1, 0.1, 0.2))
-    ledger.add(late)
+    ledger.restore(late)
     late.land()
 
     class Bucket:
@@ -142,6 +142,8 @@ def test_ledger_applies_each_part_once_also_in_other_buckets():
     assert Bucket.flat.tolist() == [6.0, 8.0, 10.0, 0.0, 2.0]
     ledger.deliver(ledger.lates, Bucket, lambda name, lr: 2.0)
     assert Bucket.flat.tolist() == [6.0, 8.0, 10.0, 0.0, 2.0]
+    assert set(ledger.pending()) == {"a", "b", "c"}  # until the step that was given a and c is made
+    ledger.keep(late.names)
     assert set(ledger.pending()) == {"b"}
     Bucket.names, Bucket.numels, Bucket.flat = ("b",), (1,), torch.zeros(1)
     ledger.deliver(ledger.lates, Bucket, lambda name, lr: None)

@@ -5,6 +5,7 @@ due: the sum of the mean gradients of the passes whose steps were made.
 """
 
 import copy
+import random
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ class Given(torch.nn.Module):
 class Loop:
     """A model under a method, and what is due to it."""
 
-    def __init__(self, rank, method, optimizer_known=True, **options):
-        self.model = Given()
+    def __init__(self, rank, method, optimizer_known=True, model=Given, **options):
+        self.model = model()
         self.ddp = wrap(self.model, **options)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR)
         self.handle = attach(self.ddp, method, self.optimizer if optimizer_known else None)
@@ -246,6 +247,107 @@ def test_what_another_optimizer_steps_is_taken(ranks):
     assert max(ranks(2).run(two_optimizers)) < 1e-5
 
 
+def used_again(rank, n, what):
+    """Gradients that were skipped and not cleared: a step, or another pass, must not use them."""
+    loop = Loop(rank, NOMINATED)
+    loop.usual()
+    loop.backward()
+    loop.handle.skip_step()
+    with pytest.raises(RuntimeError, match="clear them first"):
+        loop.optimizer.step() if what == "step" else loop.backward()
+    return True
+
+
+@pytest.mark.parametrize("what", ["step", "backward"])
+def test_what_was_skipped_is_not_used_again(ranks, what):
+    assert all(ranks(2).run(used_again, what))
+    ranks(2).stop()  # they may be in the middle of a backward pass
+
+
+def first_dropped(rank, n, method, how):
+    """A resumed run, or one that goes back, whose first pass, or last one before that, is thrown away."""
+    loop = Loop(rank, method)
+    loop.usual()
+    saved = loop.handle.state_dict()
+    if how == "goes back":
+        loop.backward()
+        loop.clear()
+    loop.handle.load_state_dict(saved)
+    if how == "resumes":
+        loop.backward()
+        loop.skip()
+    loop.usual()
+    return loop.missing()
+
+
+@pytest.mark.parametrize("how", ["resumes", "goes back"])
+@pytest.mark.parametrize("method", [ALL_LATE, SOME_LATE, NOMINATED], ids=name_of)
+def test_what_was_late_in_a_checkpoint_outlives_a_dropped_step(ranks, method, how):
+    assert max(ranks(2).run(first_dropped, method, how)) < 1e-5
+
+
+def ended_with_open(rank, n, method, verb):
+    """The last step is left out, and gradients are not cleared before the end, or before an evaluation."""
+    loop = Loop(rank, method)
+    loop.usual(4)
+    loop.backward(times=50.0)
+    if verb == "finalize":
+        loop.handle.finalize()
+    else:
+        with loop.handle.evaluating():
+            there = -flat(loop.model.parameters()) / LR
+        loop.clear()
+        return float((there - average(loop._due)).norm() / average(loop._due).norm())
+    loop.clear()
+    loop.usual(1)
+    return loop.missing()
+
+
+def average(tensor):
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / dist.get_world_size()
+
+
+@pytest.mark.parametrize("verb", ["finalize", "evaluating"])
+@pytest.mark.parametrize("method", [ALL_LATE, GUESSING, ARRIVING], ids=name_of)
+def test_a_pass_whose_step_was_not_made_is_in_no_end_and_no_evaluation(ranks, method, verb):
+    assert max(ranks(2).run(ended_with_open, method, verb)) < 1e-5
+
+
+def parts_dropped(rank, n, method):
+    """Three passes for a step, of which some parameters' gradients are set to None, and which is then skipped."""
+    loop = Loop(rank, method)
+    loop.usual(4)
+    for _ in range(2):
+        loop.backward()
+        loop.backward()
+        for p in list(loop.model.parameters())[:2]:
+            p.grad = None
+        loop.backward()
+        loop.skip()
+        loop.usual(1)
+    return loop.missing()
+
+
+@pytest.mark.parametrize("method", [ALL_LATE, SOME_LATE, ARRIVING, TOPK], ids=name_of)
+def test_what_is_void_does_not_come_back_by_parts(ranks, method):
+    assert max(ranks(2).run(parts_dropped, method)) < 1e-5
+
+
+def steps_in_evaluating(rank, n):
+    loop = Loop(rank, ALL_LATE)
+    loop.usual()
+    with loop.handle.evaluating(), pytest.raises(RuntimeError, match="inside evaluating"):
+        loop.optimizer.step()
+    loop.usual()
+    return loop.missing()
+
+
+def test_a_step_inside_evaluating_is_refused(ranks):
+    assert max(ranks(2).run(steps_in_evaluating)) < 1e-5
+
+
 # ---- several passes for a step ----
 
 
@@ -362,6 +464,58 @@ def test_backward_passes_inside_backward_passes(ranks):
     assert (steps, fewer) == (8, 4)
 
 
+def at_random(rank, n, method, seed):
+    """A loop that does one thing after another, the same on every rank; what is due is kept by parameter."""
+    loop, choose = Loop(rank, method, gradient_as_bucket_view=bool(seed % 2)), random.Random(seed)
+    parameters = list(loop.model.parameters())
+    due, there = ([torch.zeros(p.shape, dtype=torch.float64) for p in parameters] for _ in range(2))
+
+    def take(sync):
+        gradient = [torch.randn(p.shape, generator=loop._draw) for p in parameters]
+        with torch.enable_grad() if sync else loop.ddp.no_sync():
+            loop.ddp(gradient).backward()
+        for i, one in enumerate(gradient):
+            there[i] += one
+
+    def void(some, clear):
+        for i in some:
+            there[i].zero_()
+            parameters[i].grad = None if clear else parameters[i].grad
+
+    everything, last = range(len(parameters)), "step"
+    for _ in range(60):
+        then = ["local", "step", "step", "clear", "skip", "part", "save"] if last == "pass" else []
+        what = choose.choice((["pass"] if last == "local" else ["pass"] * 4) + then)
+        if what in ("pass", "local"):
+            take(what == "pass")
+        elif what == "step":
+            loop.optimizer.step()
+            for i in everything:
+                due[i] += there[i]
+            void(everything, True)
+        elif what == "part":
+            void(choose.sample(everything, 2), True)
+            what = "pass"
+        elif what == "save":
+            loop.handle.state_dict()
+            what = "pass"
+        else:
+            if what == "skip":
+                loop.handle.skip_step()
+            void(everything, True)
+        last = what
+    void(everything, True)
+    loop._due = flat(due)
+    return loop.missing(), equal_on_all_ranks(parameters)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("method", [TOPK, NOMINATED, ALL_LATE, SOME_LATE, ARRIVING, GUESSING], ids=name_of)
+def test_whatever_a_loop_does_nothing_is_lost_and_nothing_comes_twice(ranks, method, seed):
+    for missing, equal in ranks(2).run(at_random, method, seed):
+        assert missing < 1e-5 and equal
+
+
 # ---- buckets that DDP leaves out ----
 
 
@@ -412,8 +566,9 @@ def never_stepped(rank, n, method):
     """attach is given one optimizer, and another one trains."""
     model = mlp()
     ddp = wrap(model)
-    attach(ddp, method, torch.optim.SGD(model.parameters(), lr=0.05))
-    other, batches = torch.optim.SGD(model.parameters(), lr=0.05), data(rank)
+    given, other = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
+    attach(ddp, method, given)
+    batches = data(rank)
     for t in range(10):
         x, y = next(batches)
         other.zero_grad()
@@ -428,7 +583,7 @@ def never_stepped(rank, n, method):
 @pytest.mark.parametrize("method", [NOMINATED, SOME_LATE, DivideAndShuffle()], ids=name_of)
 def test_an_optimizer_that_is_never_stepped_is_named(ranks, method):
     for t, error in ranks(2).run(never_stepped, method):
-        assert t < 6 and "SGD that was given as optimizer=" in error
+        assert t < 8 and "SGD that was given as optimizer=" in error
     ranks(2).stop()  # they are in the middle of a backward pass
 
 
@@ -452,6 +607,35 @@ def sharpness_aware(rank, n, method, passes):
 @pytest.mark.parametrize("method", [NOMINATED, ALL_LATE, DivideAndShuffle()], ids=name_of)
 def test_sharpness_aware_steps(ranks, method):
     assert max(ranks(2).run(sharpness_aware, method, 6)) < 1e-4
+
+
+def moved_between_passes(rank, n, method):
+    """Noise on the weights in each of many passes of a step, and a weight that is NaN from the beginning."""
+    loop = Loop(rank, method)
+    with torch.no_grad():
+        loop.model.weights[1][0] = float("nan")
+    for _ in range(8):
+        with torch.no_grad():
+            loop.model.weights[0] += 0.01
+        loop.backward()
+    loop.step()
+    return bool(torch.isfinite(loop.model.weights[0]).all())
+
+
+@pytest.mark.parametrize("method", [NOMINATED, ALL_LATE], ids=name_of)
+def test_weights_may_move_between_the_passes_of_a_step(ranks, method):
+    assert all(ranks(2).run(moved_between_passes, method))
+
+
+def with_closures(rank, n):
+    model = mlp()
+    with pytest.raises(TypeError, match="differences of gradients"):
+        attach(wrap(model), NOMINATED, torch.optim.LBFGS(model.parameters()))
+    return True
+
+
+def test_lbfgs_is_refused_where_blocks_are_left_out(ranks):
+    assert all(ranks(2).run(with_closures))
 
 
 def anothers_optimizer(rank, n, method):
@@ -484,17 +668,30 @@ def test_close_takes_its_eyes_off(ranks, method):
         assert hooks == 0
 
 
-def outlier(rank, n, method):
+class PartlyUsed(Given):
+    """With a parameter that no pass uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(8))
+
+    def forward(self, gradient):
+        return super().forward(gradient[1:])  # its own parameter comes before those of its parts
+
+
+def outlier(rank, n, method, model, options):
     """The norm that a loop sees of a step whose gradient is a hundred times the usual."""
-    loop, norms = Loop(rank, method), []
+    loop, norms = Loop(rank, method, model=model, **options), []
     for t in range(12):
         loop.backward(times=100.0 if t == 8 else 1.0)
-        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in loop.model.parameters()])))
+        some = [p.grad for p in loop.model.parameters() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(some)))
         loop.step()
-    return norms, loop.missing()
+    return norms
 
 
+@pytest.mark.parametrize(("model", "options"), [(Given, {}), (PartlyUsed, {"find_unused_parameters": True})])
 @pytest.mark.parametrize("method", [ALL_LATE, Elastic(Dense(), beta=0.5, max_delay=2), GUESSING], ids=name_of)
-def test_nothing_of_an_outlier_is_late(ranks, method):
-    for norms, missing in ranks(2).run(outlier, method):
-        assert norms[8] > 20 * max(norms[:8] + norms[9:]) and missing < 1e-5
+def test_nothing_of_an_outlier_is_late(ranks, method, model, options):
+    for norms in ranks(2).run(outlier, method, model, options):
+        assert norms[8] > 20 * max(norms[:8] + norms[9:])

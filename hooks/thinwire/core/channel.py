@@ -27,6 +27,10 @@ class Channel:
         """What was kept alive for the device's sake may go: it has done all the work so far."""
         self._alive.clear()
 
+    def keep(self, tensors: object) -> None:
+        """Keep what a callback reads alive, until ``forget``."""
+        self._alive.append(tensors)
+
     def average(self, flat: torch.Tensor, names: tuple[str, ...], numels: tuple[int, ...], step: int,
                 density: float | None = None, of: Pass = UNKNOWN) -> torch.futures.Future[torch.Tensor]:  # fmt: skip
         """Start averaging flat [N] in place; the future's value is flat. See Reducer.encode."""

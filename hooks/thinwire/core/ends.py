@@ -27,6 +27,7 @@ import torch.distributed as dist
 # say, fails on the others while these still wait, so that their threads are at rest when they leave.
 FIRST, OTHERS = 3.0, 5.0
 
+_pid = os.getpid()
 _kept: set[dist.ProcessGroup] = set()
 _under_way: set["Callback"] = set()
 _ending: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -79,6 +80,9 @@ def at_exit(thing: Any) -> None:
 def _end() -> None:
     """Leave the threads at rest; never raises, and never waits for more than OTHERS seconds and a bit."""
     if not _kept:
+        return
+    if os.getpid() != _pid:  # forked, where no thread is left to wait for
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
         return
     last = time.monotonic() + (FIRST if all(group.rank() == 0 for group in _kept) else OTHERS)
     for thing in list(_ending):

@@ -10,10 +10,11 @@ _lock = threading.Lock()  # one for all: it is held for an addition
 class Stats:
     """Totals of one rank.
 
-    steps; bytes_sent and bytes_received, by the arithmetic of the collectives (payloads, without TCP's headers);
-    dense_bytes, what a ring all-reduce of the same gradients would send; host seconds: encode_s, from the gradient
-    to the message; exchange_s, from there until the last message is here, so including whatever it overlaps with;
-    decode_s, until the averaged gradient is written. ``add`` from whichever thread; += loses what two add at once.
+    steps: backward passes that were averaged, or rounds; bytes_sent and bytes_received, by the arithmetic of the
+    collectives (payloads, without TCP's headers); dense_bytes, what a ring all-reduce of the same gradients would send;
+    host seconds: encode_s, from the gradient to the message; exchange_s, from there until the last message is here, so
+    including whatever it overlaps with; decode_s, until the averaged gradient is written. ``add`` from whichever
+    thread; += loses what two add at once.
     """
 
     steps: int = 0

@@ -18,7 +18,14 @@ from thinwire.ddp.passes import Passes, may_skip
 from thinwire.methods import Method
 from thinwire.state import checkpoint
 from thinwire.state.cautions import caution
-from thinwire.state.checks import check_gradient, check_model, check_module, check_momentum, check_optimizer_type
+from thinwire.state.checks import (
+    check_closure,
+    check_gradient,
+    check_model,
+    check_module,
+    check_momentum,
+    check_optimizer_type,
+)
 from thinwire.state.gradients import GradientHandle
 from thinwire.state.names import parameter_names
 from thinwire.state.steps import check_own
@@ -33,6 +40,7 @@ def attach_hook(ddp, method: Method, optimizer, **options) -> "HookState":
     check_optimizer_type(optimizer)
     check_own(optimizer, parameter_names(ddp.module, ddp.parameters_to_ignore))
     check_momentum(method, optimizer)
+    check_closure(method, optimizer)
     caution(method, optimizer, ddp.process_group.size())
     restore_copied(ddp)
     try:
@@ -138,7 +146,7 @@ class HookState(Occupant, GradientHandle):
         self._channel.forget()
         self._begin_step()
         self._with_data = self._ranks_with_data()
-        if self._steps is not None:
+        if self._steps is not None and self._is_own_pass():
             self._steps.begin_pass()
 
     def _end_pass(self):
@@ -159,7 +167,9 @@ class HookState(Occupant, GradientHandle):
         names, numels = self._parameters_of(bucket)
         were, flat = self._own_share(bucket), bucket.buffer()
         self._note_gradient(flat, step)
-        of = Pass(None if self._steps is None else self._steps.number, again=bool(were))
+        of = Pass(self._steps.number if self._steps is not None and self._is_own_pass() else None, again=bool(were))
+        if were:
+            self._channel.keep(were)
         future = self._channel.average(flat, names, numels, step, self._density_at(step), of)
         # Here and not in the memory's factors: a control variate goes on being a mean over all ranks.
         factor = self._group.size() / self._with_data
@@ -170,7 +180,7 @@ class HookState(Occupant, GradientHandle):
     def _own_share(self, bucket, may_be_zero=False):
         """Leave in the bucket what this pass has added to gradients. Returns what was there of earlier passes of the
         same step, as (views of the bucket, tensors to be added again), or nothing."""
-        if self._steps is None:
+        if self._steps is None or not self._is_own_pass():
             return ()
         found = self._steps.take_in(bucket.parameters(), may_be_zero)
         if not found:
@@ -188,11 +198,14 @@ class HookState(Occupant, GradientHandle):
         n, ddp = self._group.size(), None if self._ddp is None else self._ddp()
         if ddp is None or not ddp._join_config.enable or getattr(ddp, "_divide_by_initial_world_size", True):
             return n
-        # A rank that has run out of data stands in from join(), which calls the hook outside of a backward pass.
-        in_backward = torch._C._current_graph_task_id() != -1
-        mine = torch.tensor([in_backward], dtype=torch.int32, device="cpu")
+        mine = torch.tensor([self._is_own_pass()], dtype=torch.int32, device="cpu")
         self._stats.count_bytes((n - 1) * mine.element_size())
         return int(self._gather_numbers(mine).sum()) or n
+
+    def _is_own_pass(self):
+        """Whether this rank is in a backward pass. One that has run out of data stands in from join(), which calls the
+        hook outside of any, and no step will follow."""
+        return torch._C._current_graph_task_id() != -1
 
     def _parameters_of(self, bucket):
         """Names and numels, in order.

@@ -15,6 +15,7 @@ from thinwire.elastic.lateness import Late, Ledger
 from thinwire.state import order
 
 _log = logging.getLogger("thinwire")
+_BORROWED = "optimizer.step() inside evaluating(): what it changes would be undone at the end"
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -50,10 +51,13 @@ class LateSteps:
 
         Then nothing is pending and replicas are bitwise equal: with speculate or arrival, where they may differ by
         rounding, by taking rank 0's parameters. Training may go on. What is pending is dropped, with a warning, where
-        it is not finite. Raises RuntimeError inside ``evaluating()``.
+        it is not finite. A backward pass whose step has not been made counts as skipped: ``skip_step()``. Raises
+        RuntimeError inside ``evaluating()``.
         """
         self._refuse_if_evaluating("finalize()")
         self._look()
+        if self._steps is not None and self._steps.open:
+            self._steps.skip()
         self._apply_pending()
         self._ledger.clear()
 
@@ -61,7 +65,8 @@ class LateSteps:
     def evaluating(self) -> Iterator[torch.nn.Module | None]:
         """The model as ``finalize`` would leave it, to evaluate or to save it; as it was again afterwards.
 
-        Parameters and the optimizer's state are restored bit for bit, also when the body raises. Raises RuntimeError
+        Parameters and the optimizer's state are restored bit for bit, also when the body raises. A backward pass whose
+        step has not been made is not in it. Raises RuntimeError
         inside another ``evaluating()``; training, ``finalize()`` and ``state_dict()`` raise it in the body.
         """
         self._refuse_if_evaluating("evaluating()")
@@ -75,7 +80,8 @@ class LateSteps:
         try:
             self._apply_pending()
             self._borrowed = True
-            yield self.module
+            with contextlib.nullcontext() if self._steps is None else self._steps.refusing(_BORROWED):
+                yield self.module
         finally:
             self._borrowed = False
             for name, p in parameters.items():
@@ -126,10 +132,10 @@ class LateSteps:
             late = Late(one["step"], tuple(tensors), tuple(map(len, parts)), torch.cat(parts),
                         tuple(float(one["lr"][name]) for name in tensors))  # fmt: skip
             late.landed.set()
-            self._ledger.add(late)
+            self._ledger.restore(late)
 
     def _drop(self, names, step):
-        if self._ledger.issued(names):
+        if self._ledger.under_way(names):
             self._land()  # it is encoded in a thread, and memory must have taken it in to put it back
         self._ledger.put_back(names)
         super()._drop(names, step)

@@ -104,6 +104,10 @@ class Late:
         """A part has been applied."""
         del self._parts[name]
 
+    def part(self, name: str) -> tuple[torch.Tensor, float]:
+        """A part, whether it has been applied or not."""
+        return self._all[name]
+
     def take_back(self, name: str) -> None:
         """It has not, after all."""
         self._parts[name] = self._all[name]
@@ -118,12 +122,17 @@ class Ledger:
 
     def __init__(self) -> None:
         self.lates: list[Late] = []
-        self._issued: list[Late] = []
+        self._issued: set[tuple[Late, str]] = set()
         self._given: list[tuple[Late, str]] = []
 
     def add(self, late: Late) -> None:
+        """What a step that has yet to be made has issued."""
+        self.restore(late)
+        self._issued.update((late, name) for name in late.parts())
+
+    def restore(self, late: Late) -> None:
+        """What an earlier step has issued."""
         self.lates.append(late)
-        self._issued.append(late)
 
     def deliver(self, lates: list[Late], bucket: Any, factor: Factor) -> None:
         """Add what these, which have landed, hold of a bucket's parameters to its flat, once.
@@ -145,37 +154,42 @@ class Ledger:
         """Forget what this step issued."""
         self.lates = [late for late in self.lates if late.step != step]
 
-    def issued(self, names: Collection[str]) -> bool:
-        """Whether the step has issued anything of these parameters that is late."""
-        return any(not late.parts().keys().isdisjoint(names) for late in self._issued)
+    def under_way(self, names: Collection[str]) -> bool:
+        """Whether something of these parameters that the step has issued has not landed."""
+        return any(name in names and not late.landed.is_set() for late, name in self._issued)
 
     def put_back(self, names: Collection[str]) -> None:
         """The step is not made with these parameters' gradients: what it issued of them is void, and what it was given
         has yet to be applied."""
-        for late in self._issued:
-            for name in late.parts().keys() & names:
+        for late, name in self._issued:
+            if name in names and name in late.parts():
                 late.give_up(name)
-        for late, name in self._given:
-            if name in names and late not in self._issued:
-                late.take_back(name)
-        self.lates = sorted({*self.lates, *(late for late, _ in self._given)}, key=lambda late: late.number)
+        back = [(late, name) for late, name in self._given if name in names and (late, name) not in self._issued]
+        for late, name in back:
+            late.take_back(name)
+        self.lates = sorted({*self.lates, *(late for late, _ in back)}, key=lambda late: late.number)
         self._sort_out()
         self.keep(names)
 
     def keep(self, names: Collection[str]) -> None:
         """The step is made with these parameters' gradients."""
+        self._issued = {(late, name) for late, name in self._issued if name not in names}
         self._given = [(late, name) for late, name in self._given if name not in names]
-        self._issued = [late for late in self._issued if late.parts().keys() - names]
 
     def clear(self) -> None:
-        self.lates, self._issued, self._given = [], [], []
+        self.lates, self._issued, self._given = [], set(), []
 
     def pending(self) -> dict[str, list[tuple[torch.Tensor, float]]]:
-        """All that has yet to be applied of each parameter, each with its learning rate; all must have landed."""
+        """All that has yet to be applied of each parameter, each with its learning rate; all must have landed. Without
+        the step that has yet to be made: what it was given has not been applied."""
         found: dict[str, list[tuple[torch.Tensor, float]]] = {}
         for late in self.lates:
             for name, part in late.parts().items():
-                found.setdefault(name, []).append(part)
+                if (late, name) not in self._issued:
+                    found.setdefault(name, []).append(part)
+        for late, name in self._given:
+            if (late, name) not in self._issued:
+                found.setdefault(name, []).append(late.part(name))
         return found
 
     def scale(self, factor: float) -> None:

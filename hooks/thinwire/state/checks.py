@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.methods import Method
+from thinwire.methods import BlockSparse, Method
 
 
 def check_model(ddp: Any, hook_allowed: bool = False) -> None:
@@ -71,8 +71,8 @@ def check_optimizer_type(optimizer: Any) -> None:
     """Raise TypeError for what is given as an optimizer and is none of PyTorch's kind."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer is {_shown(optimizer)}: it must be a torch.optim.Optimizer; leave it out where it is "
-            "another kind"
+            f"optimizer is {_shown(optimizer)}: it must be a torch.optim.Optimizer; of several give one, and leave it "
+            "out where it is another kind"
         )
 
 
@@ -90,6 +90,15 @@ def check_grad_scaler(grad_scaler: Any, steps: bool = False) -> None:
 
 def _shown(thing):
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
+def check_closure(method: Method, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise TypeError for an optimizer that compares gradients with each other, where blocks of them are left out."""
+    if isinstance(optimizer, torch.optim.LBFGS) and isinstance(method, BlockSparse):
+        raise TypeError(
+            "LBFGS takes the curvature from differences of gradients, and with BlockSparse those differ by which "
+            "blocks are sent: use thinwire.Dense(), or another optimizer"
+        )
 
 
 def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> None:

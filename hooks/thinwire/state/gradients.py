@@ -119,17 +119,18 @@ class GradientHandle(Handle):
         """The optimizer makes no step with the gradients that there are: the memory is as if their backward passes had
         not been, and what was late and is in them is late again.
 
-        Call it in the place of ``optimizer.step()``, on every rank that leaves the step out. With ``optimizer=`` a step
-        that is left out is also noticed by itself, once the gradients have been cleared, and there this does nothing
-        more. Raises RuntimeError where there is a memory and no optimizer was given, for then nothing is kept that it
-        could go back to.
+        Call it in the place of ``optimizer.step()``, on every rank that leaves the step out, and clear the gradients: a
+        step or a backward pass that would use them raises RuntimeError. With ``optimizer=`` a step that is left out is
+        also noticed by itself, once the gradients have been cleared, and there this does nothing more. Raises
+        RuntimeError where there is a memory and no optimizer was given, for then nothing is kept that it could go back
+        to.
         """
         if self.closed or self._steps is None:
             return
         if self._steps.number is None and self._reducer.memory.stores():
             raise RuntimeError(
-                f"skip_step() with {self.method!r}, which remembers gradients, and without optimizer=: what its memory "
-                "was before the step is kept only where steps can be seen: pass optimizer= where the handle is made"
+                "skip_step() without optimizer=, with a method that remembers gradients: what its memory was before "
+                "the step is kept only where steps can be seen: pass optimizer= to attach, HookState or Compressor"
             )
         self._steps.skip()
 
@@ -142,6 +143,8 @@ class GradientHandle(Handle):
                 store.clear()
 
     def _put_back(self, shard):
+        if self._steps is not None:
+            self._steps.forget()
         self._step, self._scale, self._agreed = shard["step"], shard["scale"] or 1.0, False
         self._gradient_norm = float(shard.get("gradient_norm", 0.0))
         if self._controller is not None:

@@ -79,8 +79,9 @@ class Handle:
     def skip_step(self) -> None:
         """No step of the optimizer is made with the gradients that there are: no memory keeps anything of them.
 
-        Call it in the place of ``optimizer.step()``. A step that is left out is noticed by itself where the optimizer
-        was given and the gradients are cleared, or a GradScaler given to ``attach`` leaves it out.
+        Call it in the place of ``optimizer.step()``, and clear the gradients. A step that is left out is noticed by
+        itself where the optimizer was given and the gradients are cleared, or a GradScaler given to ``attach`` leaves
+        it out.
         """
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ passes for one step. So a pass is *open* until its step is
 
 - *taken*: the optimizer has stepped, with these gradients;
 - *dropped*: they were cleared (``None``, or zeros) before a step, or the loop has said ``skip_step()``. Then nothing
-  must remember them.
+  must remember them, and no step or pass may use what is left of them: until it is cleared it is *void*.
 
 An open pass whose gradients are still there when the next backward pass begins is of the same step as that one, which
 adds to them: its own share is what it finds in ``p.grad`` less what was there.
@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-ALONE = 3  # passes in a row after which parameters had changed without a step of the optimizer's
+# Times in a row that parameters may have changed, from pass to pass, without a step of the optimizer's: where it has
+# made none at all, and where it has (a loop may make some steps by itself in between).
+AT_FIRST, LATER = 5, 20
 _SAMPLES, _SAMPLE = 16, 64  # parameters that are looked at for that, and elements of each
 
 
@@ -44,13 +46,16 @@ class Steps:
         self._open: dict[torch.Tensor, bool] = {}  # whether its gradient may be zero without having been cleared
         self._found: dict[torch.Tensor, torch.Tensor] = {}  # what a parameter's next pass begins with
         self._in_pass: set[torch.Tensor] = set()
+        self._void: set[torch.Tensor] = set()
         self._backward = -1  # the one that was looked at last, in autograd's numbers
         self._ignores = False
+        self._refusal = ""
         self._lock = threading.Lock()
         self._alone = Alone(optimizer)
         self._weak = weakref.ref(self)
         self._handles: list = []
         if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(_before(self._weak)))
             self._handles.append(optimizer.register_step_post_hook(_stepping(self._weak)))
         for parameter, name in named.items():
             self.watch(parameter, name)
@@ -74,7 +79,8 @@ class Steps:
             self._forget(set(self._in_pass), self._drop)
             self._in_pass.clear()
         self._backward = torch._C._current_graph_task_id()
-        self._alone.passes()
+        if not self._open:  # not a further pass of a step, between which loops may move parameters as they like
+            self._alone.passes()
 
     def take_in(self, parameters: list[torch.Tensor], may_be_zero: bool = False) -> dict[int, torch.Tensor]:
         """The pass gives gradients of these parameters. Returns what was in them, of earlier passes of the same step,
@@ -99,9 +105,29 @@ class Steps:
         self._forget(cleared & owned, self._drop)
         self._forget(cleared - owned, self._keep)
 
+    @property
+    def open(self) -> bool:
+        """Whether a pass is."""
+        return bool(self._open)
+
     def skip(self) -> None:
         """The gradients of all open passes will not be used."""
+        self._void.update(self._open)
         self._forget(set(self._open), self._drop)
+
+    def forget(self) -> None:
+        """What passes have given is no more: another state has been loaded."""
+        for held in (self._open, self._found, self._in_pass):
+            held.clear()
+
+    @contextlib.contextmanager
+    def refusing(self, why: str) -> Iterator[None]:
+        """The optimizer must make no step: it raises RuntimeError that says why."""
+        self._refusal = why
+        try:
+            yield
+        finally:
+            self._refusal = ""
 
     @contextlib.contextmanager
     def ignoring(self) -> Iterator[None]:
@@ -118,10 +144,20 @@ class Steps:
             handle.remove()
         self._handles.clear()
         self._alone.close()
-        for held in (self._named, self._open, self._found, self._in_pass):
+        for held in (self._named, self._open, self._found, self._in_pass, self._void):
             held.clear()
 
     # ---- what the hooks call ----
+
+    def refuse_void(self) -> None:
+        """Raise RuntimeError where gradients that were dropped are still there, and would be used."""
+        left = self._void.difference(_cleared(dict.fromkeys(self._void, False)))
+        self._void.clear()
+        if left:
+            raise RuntimeError(
+                f"{len(left)} gradients of a step that was skipped, by skip_step() or finalize(), are still there, and "
+                "memory has dropped them: clear them first, as with optimizer.zero_grad()"
+            )
 
     def backward_adds(self) -> None:
         """A backward pass, of whatever kind, is about to add to a gradient."""
@@ -130,6 +166,7 @@ class Steps:
             return
         with self._lock:  # autograd has a thread for each device, and none may add before all has been seen
             if backward != self._backward:  # of one, the first; reentrant checkpointing has several in one
+                self.refuse_void()
                 self.look()
                 for p in self._open:
                     if p not in self._in_pass and p not in self._found and p.grad is not None:
@@ -161,6 +198,7 @@ class Alone:
         self._optimizer = optimizer
         self._handle = None if optimizer is None else optimizer.register_step_pre_hook(_entering(weakref.ref(self)))
         self._passes = self._changes = 0
+        self._allowed = AT_FIRST
         self._seen: torch.Tensor | None = None
         self._inside = False
 
@@ -173,7 +211,7 @@ class Alone:
         if self._seen is not None and not torch.equal(now, self._seen):
             self._changes += 1
         self._seen = now
-        if self._changes >= ALONE:
+        if self._changes >= self._allowed:
             raise RuntimeError(
                 f"the model's parameters have changed {self._changes} times since the last step of the "
                 f"{type(self._optimizer).__name__} that was given as optimizer=, so another one trains them, or a "
@@ -184,7 +222,7 @@ class Alone:
     def stepped(self) -> None:
         """The optimizer has made a step."""
         self._passes = self._changes = 0
-        self._seen, self._inside = None, False
+        self._allowed, self._seen, self._inside = LATER, None, False
 
     def enters(self) -> None:
         """The optimizer begins a step: a closure may make passes in it."""
@@ -214,10 +252,23 @@ def _owned_by(optimizer):
 def _looking(weak):
     def look(gradients):
         steps = weak()
-        if steps is not None and steps._open:
+        if steps is not None and (steps._open or steps._void):
             steps.backward_adds()
 
     return look
+
+
+def _before(weak):
+    def before(optimizer, args, kwargs):
+        steps = weak()
+        if steps is None or steps._ignores:
+            return
+        if steps._refusal:
+            raise RuntimeError(steps._refusal)
+        if steps._void:
+            steps.refuse_void()
+
+    return before
 
 
 def _stepping(weak):
@@ -240,17 +291,19 @@ def _cleared(may_be_zero):
     """Which of these parameters, by whether that is no sign, have no gradient, or one that is zero everywhere."""
     held = [p for p in may_be_zero if p.grad is not None]
     cleared = set(may_be_zero).difference(held)
-    if not held:
-        return cleared
-    largest = torch._foreach_norm([p.grad for p in held], float("inf"))
-    zeros = {p for p, size in zip(held, torch.stack([one.double() for one in largest]).tolist()) if size == 0}
+    zeros: set[torch.Tensor] = set()
+    for device in {p.grad.device for p in held}:
+        some = [p for p in held if p.grad.device == device]
+        largest = torch.stack([size.double() for size in torch._foreach_norm([p.grad for p in some], float("inf"))])
+        zeros.update(p for p, size in zip(some, largest.tolist()) if size == 0)
     telling = {p for p, no_sign in may_be_zero.items() if not no_sign}
     cleared |= zeros & telling
     return cleared | zeros if telling and telling <= cleared else cleared
 
 
 def _sample(optimizer):
-    """Some elements of some of its parameters, float64 on the CPU."""
+    """The bits of some elements of some of its parameters, int64 on the CPU: NaN is equal to itself."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     some = parameters[:: -(-len(parameters) // _SAMPLES)]
-    return torch.cat([p.detach().reshape(-1)[:_SAMPLE].to("cpu", torch.float64) for p in some])
+    values = torch.cat([p.detach().reshape(-1)[:_SAMPLE].to("cpu", torch.float64) for p in some])
+    return values.view(torch.int64)
