@@ -83,7 +83,7 @@ class Loop:
         self.handle.finalize()
         waits = self.handle.state_dict().get("memory", {}).get("residual", {})
         kept = [waits[name] if name in waits else torch.zeros(p.numel()) for name, p in self.model.named_parameters()]
-        here = torch.stack([-flat(self.model.parameters()) / LR + flat(kept) / 1.0, self._due])
+        here = torch.stack([-flat(self.model.parameters()) / LR + flat(kept), self._due])
         dist.all_reduce(here)
         return float((here[0] - here[1]).norm() / here[1].norm())
 
@@ -126,11 +126,8 @@ def put_back(rank, n, method, how, steps):
     late = [one["tensors"] for one in before.get("late", ())], [one["tensors"] for one in after.get("late", ())]
     same = len(late[0]) == len(late[1]) and all(torch.equal(a[k], b[k]) for a, b in zip(*late) for k in a)
     loop.usual()
-    return not moved and same, loop.missing() if "residual" in before["memory"] and not method_momentum(method) else 0.0
-
-
-def method_momentum(method):
-    return getattr(method, "momentum", 0.0)
+    conserves = method not in (MOMENTUM, VARIATE)
+    return not moved and same, loop.missing() if conserves else 0.0
 
 
 DROPS = [("skipped", 0), ("skipped", 3), ("None", 3), ("zeros", 3)]
@@ -237,7 +234,7 @@ def two_optimizers(rank, n):
     waits = handle.state_dict()["memory"]["residual"]
     wrong = []
     for name, p in model.named_parameters():
-        here = torch.stack([-p.detach().double().flatten() / LR + waits[name] / 1.0, due[name]])
+        here = torch.stack([-p.detach().double().flatten() / LR + waits[name], due[name]])
         dist.all_reduce(here)
         wrong.append(float((here[0] - here[1]).norm() / here[1].norm()))
     return max(wrong)

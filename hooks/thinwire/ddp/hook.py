@@ -67,8 +67,8 @@ class HookState(Occupant, GradientHandle):
 
     def __init__(self, method: Method, module: torch.nn.Module | None = None, *,
                  process_group: dist.ProcessGroup | None = None, optimizer: torch.optim.Optimizer | None = None,
-                 grad_scaler: torch.amp.GradScaler | None = None,
-                 consistency_every: int = 0, log: Any = None, runs: Method | None = None):  # fmt: skip
+                 grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0, log: Any = None,
+                 runs: Method | None = None):  # fmt: skip
         super().__init__(method, grad_scaler, consistency_every, log, runs)
         if isinstance(module, DistributedDataParallel):
             raise TypeError("HookState got a DistributedDataParallel as its module: pass the model that it wraps, "
