@@ -27,10 +27,10 @@ import torch.distributed as dist
 # say, fails on the others while these still wait, so that their threads are at rest when they leave.
 FIRST, OTHERS = 3.0, 5.0
 
-_pid = os.getpid()
-_kept: set[dist.ProcessGroup] = set()
+# Each with the process that it is of: what was inherited by one that was forked meanwhile has no thread there.
+_kept: dict[dist.ProcessGroup, int] = {}
 _under_way: set["Callback"] = set()
-_ending: weakref.WeakSet[Any] = weakref.WeakSet()
+_ending: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class Callback:
@@ -61,35 +61,35 @@ class Callback:
 def keep(group: dist.ProcessGroup) -> None:
     """Hold a group that is used; those that their owner has destroyed meanwhile go."""
     if group not in _kept:
-        _kept.difference_update([other for other in _kept if not _is_there(other) and not _busy(other)])
-        _kept.add(group)
+        pid = os.getpid()
+        for other in [one for one, of in _kept.items() if of == pid and not _is_there(one) and not _busy(one)]:
+            del _kept[other]
+        _kept[group] = pid
 
 
 def let_go(group: dist.ProcessGroup) -> None:
     """Hold a group no longer that was destroyed, unless something is under way in it. Not in a callback."""
     if _wait(lambda: not _busy(group), 1.0):
-        _kept.discard(group)
+        _kept.pop(group, None)
 
 
 def at_exit(thing: Any) -> None:
     """Have ``thing.finish(seconds)`` called at exit, if it is still there, before what is under way is waited for."""
-    _ending.add(thing)
+    _ending[thing] = os.getpid()
 
 
 @atexit.register
 def _end() -> None:
     """Leave the threads at rest; never raises, and never waits for more than OTHERS seconds and a bit."""
-    if not _kept:
-        return
-    if os.getpid() != _pid:  # forked, where no thread is left to wait for
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
-        return
-    last = time.monotonic() + (FIRST if all(group.rank() == 0 for group in _kept) else OTHERS)
-    for thing in list(_ending):
-        with contextlib.suppress(Exception):
-            thing.finish(max(0.0, last - time.monotonic()))
-    _wait(lambda: not _busy(), max(0.0, last - time.monotonic()))
-    _rest()
+    pid = os.getpid()
+    mine = [group for group, of in _kept.items() if of == pid]
+    if mine:
+        last = time.monotonic() + (FIRST if all(group.rank() == 0 for group in mine) else OTHERS)
+        for thing in [thing for thing, of in _ending.items() if of == pid]:
+            with contextlib.suppress(Exception):
+                thing.finish(max(0.0, last - time.monotonic()))
+        _wait(lambda: not _busy(), max(0.0, last - time.monotonic()))
+        _rest()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))  # for good: see above
 
 
