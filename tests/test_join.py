@@ -93,7 +93,7 @@ def estimates(rank, n, selection):
     return total, flat(p.grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("selection", ["independent", "shared"])
+@pytest.mark.parametrize("selection", ["independent", pytest.param("shared", marks=pytest.mark.full)])
 def test_random_blocks_estimate_the_mean_of_those_left(ranks, selection):
     _, (one, first), (other, second) = ranks(3).run(estimates, selection)
     mean = (first + second) / 2

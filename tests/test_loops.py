@@ -359,7 +359,11 @@ def accumulated(rank, n, method, options):
     return loop.missing(), equal_on_all_ranks(loop.model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"gradient_as_bucket_view": True, "static_graph": True},
+    pytest.param({"gradient_as_bucket_view": True}, marks=pytest.mark.full),
+    pytest.param({"static_graph": True}, marks=pytest.mark.full),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("method", CONSERVING, ids=name_of)
 def test_passes_that_all_synchronise_add_up(ranks, method, options):
     for missing, equal in ranks(2).run(accumulated, method, options):
@@ -506,7 +510,7 @@ def at_random(rank, n, method, seed):
     return loop.missing(), equal_on_all_ranks(parameters)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *[pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 8)]])
 @pytest.mark.parametrize("method", [TOPK, NOMINATED, ALL_LATE, SOME_LATE, ARRIVING, GUESSING], ids=name_of)
 def test_whatever_a_loop_does_nothing_is_lost_and_nothing_comes_twice(ranks, method, seed):
     for missing, equal in ranks(2).run(at_random, method, seed):
