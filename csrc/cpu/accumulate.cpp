@@ -159,7 +159,7 @@ THINWIRE_HOT bool accumulate_loop(State<Wide> residual, State<Wide> velocity, co
 #define THINWIRE_ACCUMULATE(Wide, Grad)                                                                             \
     THINWIRE_CLONES bool accumulate_span(State<Wide> residual, State<Wide> velocity, const Grad* grad,              \
                                         Wide momentum, int64_t count, int64_t block_size, Wide* norms) {            \
-        if (velocity.to == nullptr) {                                                                                  \
+        if (velocity.to == nullptr) {                                                                               \
             return accumulate_loop<Wide, Grad, false>(residual, velocity, grad, momentum, count, block_size, norms); \
         }                                                                                                           \
         return accumulate_loop<Wide, Grad, true>(residual, velocity, grad, momentum, count, block_size, norms);     \
@@ -227,8 +227,12 @@ void accumulate_(const at::Tensor& residual, const std::optional<at::Tensor>& ve
     const Totals totals = check_cpu_table(table, block_size);
     check(residual, "residual", WIDE, {totals.elements}, at::kCPU);
     if (velocity) check(*velocity, "velocity", {residual.scalar_type()}, {totals.elements}, at::kCPU);
-    if (residual_before) check(*residual_before, "residual_before", {residual.scalar_type()}, {totals.elements}, at::kCPU);
-    if (velocity_before) check(*velocity_before, "velocity_before", {residual.scalar_type()}, {totals.elements}, at::kCPU);
+    if (residual_before) {
+        check(*residual_before, "residual_before", {residual.scalar_type()}, {totals.elements}, at::kCPU);
+    }
+    if (velocity_before) {
+        check(*velocity_before, "velocity_before", {residual.scalar_type()}, {totals.elements}, at::kCPU);
+    }
     check(grad, "grad", DATA, {totals.elements}, at::kCPU);
     check(norms, "norms", {residual.scalar_type()}, {totals.blocks}, at::kCPU);
     check(status, "status", INT, {table.size(0) + 1}, at::kCPU);

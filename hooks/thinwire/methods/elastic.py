@@ -30,7 +30,8 @@ class Elastic(Method):
         ``agreed``   decided before a step from the norms of the step before, added up over the ranks: the fewest
                      buckets, the heaviest first, that make up beta of the norm are waited for, and the others are
                      applied exactly max_delay steps later. The same on every rank, so replicas stay bitwise equal
-                     (but for speculate) and every optimizer works
+                     (but for speculate) and every optimizer works. Of a gradient whose norm is more than ten times
+                     that of the step before nothing is late, so that loops can judge it in its own step
         ``arrival``  the paper's rule: wait until the buckets that have arrived, whichever they are, carry beta of
                      the rank's norm. Replicas differ by what is late until ``finalize()``
 

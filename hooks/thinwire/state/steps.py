@@ -151,12 +151,11 @@ class Steps:
 
     def refuse_void(self) -> None:
         """Raise RuntimeError where gradients that were dropped are still there, and would be used."""
-        left = self._void.difference(_cleared(dict.fromkeys(self._void, False)))
-        self._void.clear()
-        if left:
+        self._void -= _cleared(dict.fromkeys(self._void, False))
+        if self._void:
             raise RuntimeError(
-                f"{len(left)} gradients of a step that was skipped, by skip_step() or finalize(), are still there, and "
-                "memory has dropped them: clear them first, as with optimizer.zero_grad()"
+                f"{len(self._void)} gradients of a step that was skipped, by skip_step() or finalize(), are still "
+                "there, and memory has dropped them: clear them first, as with optimizer.zero_grad()"
             )
 
     def backward_adds(self) -> None:
