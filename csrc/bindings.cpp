@@ -19,6 +19,18 @@ TORCH_LIBRARY(thinwire, m) {
           "Tensor factors, bool accumulate, Tensor(a!) out) -> ()");
     m.def("settle_(Tensor(a!) residual, Tensor(b!)? velocity, Tensor grad, float momentum, Tensor payload, "
           "Tensor? inverse, Tensor chosen, Tensor table, int block_size, Tensor status, Tensor bad) -> ()");
+    m.def("quantise_blocks_(Tensor(a!) source, Tensor chosen, Tensor table, int block_size, Tensor? status, "
+          "Tensor? places, int bits, bool keep, Tensor(b!) rows) -> ()");
+    m.def("unquantise_blocks(Tensor rows, int bits, Tensor? places, Tensor table, int block_size, "
+          "Tensor(a!) payloads) -> ()");
+    m.def("add_quantised(Tensor rows, int bits, int block_size, Tensor(a!) total) -> ()");
+    m.def("add_rows_(Tensor values, Tensor places, int first, Tensor chosen, Tensor table, int block_size, "
+          "float factor, Tensor bad, Tensor(a!) out) -> ()");
+    m.def("deal_elements(Tensor payload, Tensor table, int block_size, Tensor begins, Tensor(a!) rows) -> ()");
+    m.def("undeal_elements(Tensor rows, Tensor table, int block_size, Tensor begins, Tensor(a!) payload) -> ()");
+    m.def("unite_blocks(Tensor named, Tensor table, int block_size, Tensor(a!) chosen, Tensor(b!) united) -> ()");
+    m.def("place_slots(Tensor table, int block_size, Tensor turns, int ranks, int row_slots, "
+          "Tensor(a!) places) -> ()");
 }
 
 // "from thinwire import _C" loads the library, which registers the operators; there is nothing else to import.

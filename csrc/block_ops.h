@@ -22,15 +22,43 @@ constexpr Wide LARGEST = static_cast<Wide>(0x1p62);
 template <>
 constexpr double LARGEST<double> = 0x1p500;
 
+// Divides by a number that serves many times: a multiplication, where a GPU takes a hundred instructions to divide.
+struct Divider {
+    uint64_t divisor, reciprocal;
+
+    THINWIRE_INLINE explicit Divider(int64_t divisor_)
+        : divisor(static_cast<uint64_t>(divisor_)), reciprocal(UINT64_MAX / divisor) {}
+
+    // Of a number that is not negative. The product's upper half is the quotient or one less.
+    THINWIRE_INLINE int64_t quotient(int64_t number) const {
+        const uint64_t n = static_cast<uint64_t>(number);
+#ifdef __CUDA_ARCH__
+        const uint64_t low = __umul64hi(n, reciprocal);
+#else
+        const uint64_t low = static_cast<uint64_t>(static_cast<unsigned __int128>(n) * reciprocal >> 64);
+#endif
+        return static_cast<int64_t>(low + (n - low * divisor >= divisor));
+    }
+
+    THINWIRE_INLINE int64_t rounded_up(int64_t number) const {
+        const int64_t down = quotient(number);
+        return down + (down * static_cast<int64_t>(divisor) != number);
+    }
+};
+
 // One parameter of the flat tensor: a row of the table.
 struct Segment {
     int64_t start, numel, first_block, slots, first_slot, offset, block_size, blocks;
 
-    THINWIRE_INLINE Segment(const int64_t* table, int64_t index, int64_t block_size_) : block_size(block_size_) {
-        const int64_t* row = table + index * COLUMNS;
-        start = row[START], numel = row[NUMEL], first_block = row[FIRST_BLOCK];
-        slots = row[SLOTS], first_slot = row[FIRST_SLOT], offset = row[OFFSET];
+    THINWIRE_INLINE Segment(const int64_t* table, int64_t index, int64_t block_size_)
+        : Segment(table + index * COLUMNS, block_size_) {
         blocks = numel / block_size + (numel % block_size != 0);
+    }
+
+    // by divides by block_size, faster than a GPU does.
+    THINWIRE_INLINE Segment(const int64_t* table, int64_t index, int64_t block_size_, const Divider& by)
+        : Segment(table + index * COLUMNS, block_size_) {
+        blocks = by.rounded_up(numel);
     }
 
     // Elements in a block: fewer than block_size in the last one of a ragged parameter.
@@ -46,6 +74,11 @@ struct Segment {
     THINWIRE_INLINE int64_t slot_width(int64_t block) const { return whole() ? width(block) : block_size; }
 
     THINWIRE_INLINE int64_t payload() const { return whole() ? numel : slots * block_size; }
+
+  private:
+    THINWIRE_INLINE Segment(const int64_t* row, int64_t block_size_)
+        : start(row[START]), numel(row[NUMEL]), first_block(row[FIRST_BLOCK]), slots(row[SLOTS]),
+          first_slot(row[FIRST_SLOT]), offset(row[OFFSET]), block_size(block_size_), blocks(0) {}
 };
 
 // The parameter in which the position lies, in the numbering of column: START, FIRST_BLOCK or FIRST_SLOT.

@@ -16,7 +16,21 @@ THINWIRE_HOT void add_loop(Wide* sum, const Payload* row, int64_t count, Wide in
 
 }  // namespace
 
+// One rank's blocks, of which the last may be ragged.
+template <typename Wide, typename Payload>
+THINWIRE_HOT void put_loop(Wide* out, const Payload* row, const int64_t* list, int64_t count, int64_t block_size,
+                           int64_t numel, Wide inverse, Wide factor) {
+    for (int64_t j = 0; j < count; ++j, row += block_size) {
+        const int64_t begin = list[j] * block_size;
+        add_loop(out + begin, row, std::min(block_size, numel - begin), inverse, factor, true);
+    }
+}
+
 #define THINWIRE_ADD(Wide, Payload)                                                                              \
+    THINWIRE_CLONES void put_blocks(Wide* out, const Payload* row, const int64_t* list, int64_t count,           \
+                                    int64_t block_size, int64_t numel, Wide inverse, Wide factor) {              \
+        put_loop(out, row, list, count, block_size, numel, inverse, factor);                                     \
+    }                                                                                                            \
     THINWIRE_CLONES void add_row(Wide* sum, const Payload* row, int64_t count, Wide inverse, Wide factor, bool first) { \
         add_loop(sum, row, count, inverse, factor, first);                                                       \
     }
@@ -42,13 +56,24 @@ struct Scatter {
     int64_t ranks, row_stride, slots;
     bool accumulate;
 
+    struct Cursor {
+        const int64_t *next, *end;
+        const Payload* row;
+        int64_t rank;
+    };
+
+    // Few blocks of one rank: it is quicker to clear everything than all that is between them.
+    static constexpr int64_t FEW = 4;
+
+    void put_few(int64_t s, const Segment& segment, int64_t low, int64_t high, const Cursor& sender) const {
+        const int64_t begin = low * segment.block_size, end = std::min(high * segment.block_size, segment.numel);
+        std::memset(static_cast<void*>(out + segment.start + begin), 0, (end - begin) * sizeof(Out));
+        put_blocks(out + segment.start, sender.row, sender.next, sender.end - sender.next, segment.block_size,
+                   segment.numel, inverses ? static_cast<Wide>(inverses[sender.rank]) : Wide(1), factors[s]);
+    }
+
     // One thread's share of one parameter.
     void operator()(int64_t s, const Segment& segment, int64_t low, int64_t high) const {
-        struct Cursor {
-            const int64_t *next, *end;
-            const Payload* row;
-            int64_t rank;
-        };
         std::vector<Cursor> cursors;
         for (int64_t rank = 0; rank < ranks; ++rank) {
             const int64_t* list = chosen + rank * slots + segment.first_slot;
@@ -56,6 +81,11 @@ struct Scatter {
             if (at < end) {
                 cursors.push_back({list + at, list + end,
                                    payloads + rank * row_stride + segment.offset + at * segment.block_size, rank});
+            }
+        }
+        if constexpr (IN_PLACE) {
+            if (!accumulate && cursors.size() == 1 && (cursors[0].end - cursors[0].next) * FEW <= high - low) {
+                return put_few(s, segment, low, high, cursors[0]);
             }
         }
         std::vector<Cursor*> senders(cursors.size());

@@ -1,55 +1,57 @@
-// draw_blocks: one thread block for each row and parameter; keys are hashed again in every pass.
+// draw_blocks: the two ends of what a deal takes of the order of hashed keys, which are hashed again in every pass.
 #include "order.cuh"
 
 namespace thinwire {
 namespace {
 
-constexpr int ROWS = 64;  // rows of one launch: their numbers travel as its arguments
+constexpr int ROWS = 16;  // of one launch: their numbers travel as its arguments
 
-struct Rows {
+struct Drawn {
+    static constexpr int QUERIES = 2, BITS = 64;
+    static constexpr bool DISTINCT = true, COLLIDING = false;
+    const int64_t* units;
+    int64_t seed, step;
     int64_t streams[ROWS], deals[ROWS];
-    int64_t count;
+
+    __device__ auto keys(int64_t row, int64_t s, const Segment&) const {
+        const uint64_t start = key_start(seed, step, units[s], streams[row]);
+        return [start](int64_t block) { return block_key(start, block); };
+    }
+
+    // Taken are the keys in [low, high) or, where the deal wraps, those outside.
+    __device__ void ask(int64_t row, int64_t, const Segment& segment, Rank* ranks) const {
+        ranks[0].flags = ranks[1].flags = SETTLED;
+        if (segment.slots == 0) return;
+        const Deal deal(deals[row], segment.slots, segment.blocks);
+        const bool wraps = deal.wrapped > 0;
+        ranks[0].position = wraps ? deal.wrapped : deal.first;
+        ranks[1].position = wraps ? deal.first : deal.end;
+        ranks[0].flags = ranks[0].position == 0 ? SETTLED : 0;
+        ranks[1].flags = (ranks[1].position == segment.blocks ? SETTLED | BEYOND : 0) | (wraps ? OUTSIDE : 0);
+    }
 };
 
-__global__ void draw(Table table, const int64_t* units, int64_t seed, int64_t step, Rows rows, int64_t K,
-                     int64_t* chosen) {
-    for (int64_t task = blockIdx.x; task < rows.count * table.segments; task += gridDim.x) {
-        const int64_t r = task / table.segments, s = task % table.segments;
-        const Segment segment(table.rows, s, table.block_size);
-        const int64_t blocks = segment.blocks, slots = segment.slots;
-        if (slots == 0) continue;
-        const uint64_t start = key_start(seed, step, units[s], rows.streams[r]);
-        const auto keys = [start](int64_t block) { return block_key(start, block); };
-        const Deal deal(rows.deals[r], slots, blocks);
-        // Taken are keys in [low, high) or, where the deal wraps, outside it.
-        const bool wraps = deal.wrapped > 0;
-        const int64_t first = wraps ? deal.wrapped : deal.first, end = wraps ? deal.first : deal.end;
-        const uint64_t low = first == 0 ? 0 : key_at<64, true>(keys, blocks, first).key;
-        const bool to_the_last = end == blocks;
-        const uint64_t high = to_the_last ? 0 : key_at<64, true>(keys, blocks, end).key;
-        const auto sign = [&](int64_t block) {
-            const uint64_t key = keys(block);
-            const bool inside = key >= low && (to_the_last || key < high);
-            return inside != wraps ? -1 : 1;
-        };
-        compact(blocks, 0, sign, slots, chosen + r * K + segment.first_slot);
-    }
-}
+int64_t rows_at_once(int64_t R) { return R < ROWS ? R : ROWS; }
 
 }  // namespace
 
-void launch_draw(Table table, const int64_t* units, int64_t seed, int64_t step, const int64_t* streams,
-                 const int64_t* deals, int64_t R, int64_t K, int64_t* chosen, cudaStream_t stream) {
+int64_t draw_scratch(Table table, int64_t R) {
+    return OrderScratch(nullptr, table.segments, rows_at_once(R), Drawn::QUERIES).bytes;
+}
+
+cudaError_t launch_draw(Table table, const int64_t* units, int64_t seed, int64_t step, const int64_t* streams,
+                        const int64_t* deals, int64_t R, int64_t K, int64_t* chosen, void* scratch,
+                        cudaStream_t stream) {
+    Queue queue(stream);
+    if (table.segments == 0) return queue.error();
     for (int64_t first = 0; first < R; first += ROWS) {
-        Rows rows;
-        rows.count = R - first < ROWS ? R - first : ROWS;
-        for (int64_t r = 0; r < rows.count; ++r) {
-            rows.streams[r] = streams[first + r];
-            rows.deals[r] = deals[first + r];
-        }
-        draw<<<grid_for(rows.count * table.segments, 1), THREADS, 0, stream>>>(table, units, seed, step, rows, K,
-                                                                             chosen + first * K);
+        Drawn drawn{units, seed, step, {}, {}};
+        const int64_t rows = rows_at_once(R - first);
+        for (int64_t r = 0; r < rows; ++r) drawn.streams[r] = streams[first + r], drawn.deals[r] = deals[first + r];
+        find_in_order(queue, drawn, table, OrderScratch(scratch, table.segments, rows, Drawn::QUERIES), rows,
+                      Drawn::BITS / DIGIT, chosen + first * K, K);
     }
+    return queue.error();
 }
 
 }  // namespace thinwire

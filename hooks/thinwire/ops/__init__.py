@@ -7,15 +7,28 @@ from thinwire.ops.block_ops import (
     draw_blocks,
     examine,
     gather_blocks,
-    native,
     scatter_blocks_,
     select_blocks,
     settle_,
     take_blocks_,
-    why_not_native,
+)
+from thinwire.ops.dispatch import native, why_not_native
+from thinwire.ops.wire_ops import (
+    NO_SLOT,
+    add_quantised,
+    add_rows_,
+    code_bytes,
+    deal_elements,
+    place_slots,
+    quantise_blocks_,
+    undeal_elements,
+    unite_blocks,
+    unquantise_blocks,
 )
 
 __all__ = [
-    "NONFINITE", "TOUCHED", "accumulate_", "draw_blocks", "examine", "gather_blocks", "native", "scatter_blocks_",
-    "select_blocks", "settle_", "take_blocks_", "why_not_native",
+    "NONFINITE", "NO_SLOT", "TOUCHED", "accumulate_", "add_quantised", "add_rows_", "code_bytes", "deal_elements",
+    "draw_blocks", "examine", "gather_blocks", "native", "place_slots", "quantise_blocks_", "scatter_blocks_",
+    "select_blocks", "settle_", "take_blocks_", "undeal_elements", "unite_blocks", "unquantise_blocks",
+    "why_not_native",
 ]  # fmt: skip

@@ -11,82 +11,17 @@ bit 2 (``NONFINITE``) that it has an inf or NaN, or is too large for a memory; t
 Data may be float32, float64, bfloat16 or float16; sums are in float32, or in float64 for float64.
 """
 
-import functools
-import importlib
-import json
-import logging
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from thinwire.ops import reference
+from thinwire.ops.dispatch import call
 from thinwire.ops.reference import NONFINITE, TOUCHED
 
 __all__ = [
-    "NONFINITE", "TOUCHED", "accumulate_", "draw_blocks", "examine", "gather_blocks", "native", "scatter_blocks_",
-    "select_blocks", "settle_", "take_blocks_", "why_not_native",
+    "NONFINITE", "TOUCHED", "accumulate_", "draw_blocks", "examine", "gather_blocks", "scatter_blocks_",
+    "select_blocks", "settle_", "take_blocks_",
 ]  # fmt: skip
-
-_log = logging.getLogger("thinwire")
-_why_not = None
-_warned = False
-
-
-def _check_built_for_this_torch():
-    """Raise ImportError where the operators were built for another torch: its C++ interface may have changed."""
-    record = Path(__file__).parents[1] / "_build.json"
-    built_for = json.loads(record.read_text())["torch"] if record.exists() else torch.__version__
-    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
-        raise ImportError(f"built for torch {built_for}, and this is {torch.__version__}: install thinwire anew")
-
-
-
-if os.environ.get("THINWIRE_REFERENCE") == "1":
-    _why_not = "THINWIRE_REFERENCE=1 asks for the plain-PyTorch operators"
-else:
-    try:
-        _check_built_for_this_torch()
-        importlib.import_module("thinwire._C")  # its import registers the operators
-        for _name in (
-            "accumulate_", "draw_blocks", "examine", "gather_blocks", "scatter_blocks_", "select_blocks", "settle_",
-            "take_blocks_",
-        ):  # fmt: skip
-            torch.library.register_fake(f"thinwire::{_name}", lambda *args: None)
-    except (ImportError, OSError, RuntimeError) as error:
-        _why_not = f"{type(error).__name__}: {error}"
-
-
-def native(device_type: str) -> bool:
-    """Whether compiled operators serve tensors on this type of device ("cpu", "cuda"; no others are compiled)."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or _why_not is not None:
-        return False
-    return _has_kernel(key)
-
-
-@functools.cache  # every operator asks, and the question takes as long as a small operator
-def _has_kernel(key):
-    return torch._C._dispatch_has_kernel_for_dispatch_key("thinwire::accumulate_", key)
-
-
-def why_not_native() -> str | None:
-    """Why there are no compiled operators, or None where there are."""
-    return _why_not
-
-
-def _call(name, device, *args):
-    global _warned
-    if native(device.type):
-        return getattr(torch.ops.thinwire, name)(*args)
-    if not _warned:
-        _warned = True
-        reason = _why_not or f"thinwire was built without them for {device.type}"
-        _log.warning("thinwire: no compiled operators for %s (%s): plain PyTorch is used and is slower. "
-                     "'python -m thinwire info' says more.", device.type, reason)  # fmt: skip
-    return getattr(reference, name)(*args)
 
 
 def accumulate_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentum: float, table: Tensor,
@@ -104,13 +39,13 @@ def accumulate_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentu
     norms [M], dtype of residual, is written: squared L2 norm of each block of the new residual, added in 16
     interleaved lanes folded in halves. status [S + 1] is written.
     """
-    _call("accumulate_", grad.device, residual, velocity, grad, momentum, table, block_size, norms, status,
-          residual_before, velocity_before)  # fmt: skip
+    call("accumulate_", grad.device, residual, velocity, grad, momentum, table, block_size, norms, status,
+         residual_before, velocity_before)  # fmt: skip
 
 
 def examine(grad: Tensor, table: Tensor, status: Tensor) -> None:
     """Write status [S + 1] of grad [N], which stays as it is."""
-    _call("examine", grad.device, grad, table, status)
+    call("examine", grad.device, grad, table, status)
 
 
 def draw_blocks(table: Tensor, units: Tensor, block_size: int, seed: int, step: int, streams: Iterable[int],
@@ -122,12 +57,12 @@ def draw_blocks(table: Tensor, units: Tensor, block_size: int, seed: int, step: 
     first ``deals[r] * slots``, cyclically: equal streams and different deals give disjoint sets, different streams
     independent ones. units int64 [S]; streams, deals: R integers; chosen int64 [R, K] is written.
     """
-    _call("draw_blocks", chosen.device, table, units, block_size, seed, step, list(streams), list(deals), chosen)
+    call("draw_blocks", chosen.device, table, units, block_size, seed, step, list(streams), list(deals), chosen)
 
 
 def select_blocks(norms: Tensor, table: Tensor, block_size: int, chosen: Tensor) -> None:
     """Write to chosen [K] each parameter's ``slots`` blocks of largest norms [M]; ties go to the lower number."""
-    _call("select_blocks", norms.device, norms, table, block_size, chosen)
+    call("select_blocks", norms.device, norms, table, block_size, chosen)
 
 
 def gather_blocks(source: Tensor, chosen: Tensor, table: Tensor, block_size: int, status: Tensor | None,
@@ -137,7 +72,7 @@ def gather_blocks(source: Tensor, chosen: Tensor, table: Tensor, block_size: int
     Padding is zero. With a status, parameters that are not TOUCHED send zeros, and if any is NONFINITE the whole
     payload is NaN, so that every rank learns of it.
     """
-    _call("gather_blocks", source.device, source, chosen, table, block_size, status, scale, payload)
+    call("gather_blocks", source.device, source, chosen, table, block_size, status, scale, payload)
 
 
 def take_blocks_(source: Tensor, chosen: Tensor, table: Tensor, block_size: int, status: Tensor | None,
@@ -147,7 +82,7 @@ def take_blocks_(source: Tensor, chosen: Tensor, table: Tensor, block_size: int,
     scale must be a power of two, so that source's new value plus what was sent is its old value exactly. Parameters
     that send zeros or NaN keep all, and so does an element that payload's dtype turns into inf.
     """
-    _call("take_blocks_", source.device, source, chosen, table, block_size, status, scale, payload)
+    call("take_blocks_", source.device, source, chosen, table, block_size, status, scale, payload)
 
 
 def scatter_blocks_(payloads: Tensor, inverses: Tensor | None, chosen: Tensor, table: Tensor, block_size: int,
@@ -158,7 +93,7 @@ def scatter_blocks_(payloads: Tensor, inverses: Tensor | None, chosen: Tensor, t
     with accumulate, out plus that. inverses float32 [R] or None; chosen int64 [R, K]; factors [S] in the dtype of
     the sum. No atomics: each block of out has one writer.
     """
-    _call("scatter_blocks_", out.device, payloads, inverses, chosen, table, block_size, factors, accumulate, out)
+    call("scatter_blocks_", out.device, payloads, inverses, chosen, table, block_size, factors, accumulate, out)
 
 
 def settle_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentum: float, payload: Tensor,
@@ -170,5 +105,5 @@ def settle_(residual: Tensor, velocity: Tensor | None, grad: Tensor, momentum: f
     the step is undone; what this rank took (payload [P] times inverse, a 0-d float32 or None) returns to residual,
     and accumulate_'s addition is subtracted again from residual and velocity, to rounding.
     """
-    _call("settle_", grad.device, residual, velocity, grad, momentum, payload, inverse, chosen, table, block_size,
-          status, bad)  # fmt: skip
+    call("settle_", grad.device, residual, velocity, grad, momentum, payload, inverse, chosen, table, block_size,
+         status, bad)  # fmt: skip

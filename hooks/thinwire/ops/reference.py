@@ -6,8 +6,23 @@ norm is summed in 16 interleaved lanes that are then folded in halves, and paylo
 
 import torch
 
+from thinwire.ops.reference_owners import deal_elements, place_slots, undeal_elements, unite_blocks
+from thinwire.ops.reference_wire import (
+    NONFINITE,
+    TOUCHED,
+    add_quantised,
+    add_rows_,
+    quantise_blocks_,
+    unquantise_blocks,
+)
+
+__all__ = [
+    "NONFINITE", "TOUCHED", "accumulate_", "add_quantised", "add_rows_", "deal_elements", "draw_blocks", "examine",
+    "gather_blocks", "place_slots", "quantise_blocks_", "scatter_blocks_", "select_blocks", "settle_", "take_blocks_",
+    "undeal_elements", "unite_blocks", "unquantise_blocks",
+]  # fmt: skip
+
 LANES = 16
-TOUCHED, NONFINITE = 1, 2
 LARGEST = {torch.float32: 2.0**62, torch.float64: 2.0**500}
 _GOLDEN = 0x9E3779B97F4A7C15
 
