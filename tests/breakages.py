@@ -55,14 +55,43 @@ BREAKAGES = {
         "ops/reference.py", "lanes[:, :half] + lanes[:, half:]", "lanes[:, :half] + 1.0001 * lanes[:, half:]",
         ("test_ops.py::TestEqualsReference::test_accumulate",),
     ),
+    "scales-are-rounded-to-nearest": Breakage(
+        "ops/reference_wire.py", "+ 0xFFFF) & -0x10000", "+ 0x8000) & -0x10000",
+        ("test_wire_ops.py::test_codes_are_the_nearest_and_the_largest_fits",), reference=True,
+    ),
+    "codes-are-cut-off": Breakage(
+        "ops/reference_wire.py", "code = torch.round(", "code = torch.trunc(",
+        ("test_wire_ops.py::test_codes_are_the_nearest_and_the_largest_fits",), reference=True,
+    ),
+    "scales-whose-multiples-overflow": Breakage(
+        "ops/reference_wire.py", "torch.isfinite(up * _largest(bits))", "torch.isfinite(up)",
+        ("test_wire_ops.py::test_nothing_is_lost",), reference=True,
+    ),
+    "codes-leave-nothing": Breakage(
+        "ops/reference_wire.py", "values - code * scale[:, None])", "values * 0)",
+        ("test_wire_ops.py::test_nothing_is_lost",), reference=True,
+    ),
+    "codes-lie-from-the-highest-bits": Breakage(
+        "ops/reference_wire.py", "shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=code.device)",
+        "shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.int32, device=code.device)",
+        ("test_wire_ops.py::test_the_bytes_of_a_row",), reference=True,
+    ),
+    "the-first-owner-has-every-first-slot": Breakage(
+        "ops/reference_owners.py", "owner = (turn + slot) % ranks", "owner = slot * 0",
+        ("test_wire_ops.py::test_owners_take_turns",), reference=True,
+    ),
+    "unions-forget-whole-parameters": Breakage(
+        "ops/reference_owners.py", "        if slots == blocks:\n", "        if False:\n",
+        ("test_wire_ops.py::test_a_union_is_what_was_named",), reference=True,
+    ),
     # ---- core ----
     "settle-ignores-bad": Breakage(
-        "core/memory.py", "torch.zeros_like(good) if reading.restored else ~good", "torch.zeros_like(good)",
+        "core/memory.py", "torch.zeros_like(bad) if reading.restored else bad", "torch.zeros_like(bad)",
         ("test_ddp.py::test_a_step_that_overflows_is_skipped_everywhere_and_leaves_no_trace"
          "[topk-error_feedback-float32]",),
     ),
     "owners-lost-part-is-not-given-back": Breakage(
-        "core/memory.py", "_add_lost(residual, choice, total.lost, good, 1.0)", "pass",
+        "core/memory.py", "sent.dealing.add_part(total.lost, rank, choice.own, 1.0, bad, residual)", "pass",
         ("test_memory.py::test_error_feedback_conserves_exactly[shared-wire_dtype1]",),
     ),
     "control-variate-learns-from-its-own-rank-only": Breakage(
@@ -75,15 +104,15 @@ BREAKAGES = {
         ("test_memory.py::test_error_feedback_conserves_exactly[shared-wire_dtype0]",),
     ),
     "estimates-are-not-scaled": Breakage(
-        "core/reducer.py", "choice.slots.shares if self.method.unbiased else", "choice.slots.shares if False else",
+        "core/reducer.py", "slots.shares if self.method.unbiased else", "slots.shares if False else",
         ("test_estimator.py::test_unbiased_with_the_papers_variance[independent-alike]",),
     ),
     "permuted-deals-overlap": Breakage(
-        "core/selection.py", "own = _draw(q, [0], [q.rank])[0]", "own = _draw(q, [0], [0])[0]",
+        "core/selection.py", "_drawn(q, [0] * n, range(n))", "_drawn(q, [0] * n, [0] * n)",
         ("test_estimator.py::test_permuted_masks_are_disjoint_and_cover_all",),
     ),
     "independent-ranks-share-a-stream": Breakage(
-        "core/selection.py", "streams = range(1, q.world_size + 1)", "streams = [1] * q.world_size",
+        "core/selection.py", "_drawn(q, range(1, n + 1), [0] * n)", "_drawn(q, [1] * n, [0] * n)",
         ("test_estimator.py::test_independent_masks_overlap_by_tau_and_no_more",),
     ),
     "ranks-nominate-without-taking-turns": Breakage(
@@ -108,7 +137,7 @@ BREAKAGES = {
         ("test_replicas.py::test_float16_wire_neither_overflows_nor_flushes",),
     ),
     "dealt-payload-comes-back-shifted": Breakage(
-        "core/exchange.py", "            piece.copy_(row)\n", "            piece.copy_(row.roll(1, -1))\n",
+        "core/dealing.py", "ops.undeal_elements(rows, table", "ops.undeal_elements(rows.roll(1, 1), table",
         ("test_replicas.py::test_nothing_left_out_is_plain_ddp[Dense(wire_dtype=torch.float32)-2]",),
     ),
     "bytes-are-counted-for-one-rank-more": Breakage(
@@ -186,7 +215,7 @@ BREAKAGES = {
         ("test_states.py::test_an_edited_state_is_taken_as_it_is_or_refused_with_nothing_changed",),
     ),
     "join-divides-by-all-ranks": Breakage(
-        "ddp/hook.py", "factor = self._group.size() / self._with_data", "factor = 1",
+        "ddp/hook.py", "_finishing(n / self._with_data, were)", "_finishing(1, were)",
         ("test_join.py::test_the_mean_inside_join_is_plain_ddps",),
     ),
     "messages-without-elements-are-viewed": Breakage(

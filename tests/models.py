@@ -30,11 +30,16 @@ ALL_METHODS = [
         "nominated", density=0.1, block_size=16, momentum=0.9, wire_dtype=torch.float16, warmup_steps=2, ramp_steps=4
     ),
     BlockSparse("shared", density=0.3, block_size=16, memory="control_variate", wire_dtype=torch.bfloat16),
+    BlockSparse("nominated", density=0.1, block_size=16, dense_below=20, wire_dtype="int4"),
+    BlockSparse("nominated", density=0.3, block_size=24, momentum=0.9, wire_dtype="int2"),
+    BlockSparse("topk", density=0.1, block_size=16, wire_dtype="int8"),
+    BlockSparse("independent", memory="error_feedback", block_size=16, wire_dtype="int4"),
+    BlockSparse("shared", density=0.3, block_size=16, memory="control_variate", wire_dtype="int4"),
 ]  # fmt: skip
 
 
 def label(method):
-    return "-".join([method.selection, method.memory, str(method.wire_dtype)[6:]])
+    return "-".join([method.selection, method.memory, str(method.wire_dtype).removeprefix("torch.")])
 
 
 def mlp(width=40, layers=6, dtype=torch.float32, seed=0):

@@ -1,10 +1,9 @@
-"""n reducers in one process, their payloads handed over by hand: for statistics that need thousands of steps."""
+"""n reducers in one process, their messages handed over by hand: for statistics that need thousands of steps."""
 
 import torch
-from thinwire.core.exchange import Dealt, _sum_in_rank_order
-from thinwire.core.memory import wide
+from thinwire.core.exchange import AllGather, OwnerExchange
+from thinwire.core.levels import wire_of
 from thinwire.core.reducer import Reducer
-from thinwire.core.wire import Arrived, Payload
 from thinwire.methods import block_sparse
 
 
@@ -12,40 +11,26 @@ class Simulated:
     """What n ranks would compute for one flat parameter: AllGather's and OwnerExchange's bits without collectives."""
 
     def __init__(self, method, n, name="weight"):
-        self.reducers = [Reducer(block_sparse(method), rank, n) for rank in range(n)]
+        self.reducers = [Reducer(block_sparse(method), rank, n, wire_of(method.wire_dtype)) for rank in range(n)]
         self.name = name
 
     def step(self, gradients, number):
         """The averaged gradient [d] from each rank's gradient [d], and the blocks that each rank chose."""
         flats = [g.clone() for g in gradients]
-        encoded = [
-            r.encode(f, (self.name,), (f.numel(),), number, None) for r, f in zip(self.reducers, flats, strict=True)
-        ]
-        exchange = _owner_exchange if encoded[0].choice.common else _all_gather
-        arrived, lost = exchange(encoded, wide(flats[0].dtype))
+        encoded = [r.take_in(f, (self.name,), (f.numel(),), number) for r, f in zip(self.reducers, flats, strict=True)]
+        answers = None if encoded[0].asked is None else torch.stack([one.asked for one in encoded])
+        for reducer, one in zip(self.reducers, encoded, strict=True):
+            reducer.pack(one, answers, to_owners=True)
+        if encoded[0].choice.common:
+            rows, lost = [one.wire.rows(one.payload) for one in encoded], []
+            for owner, one in enumerate(encoded):
+                mine = torch.stack([row[owner] for row in rows])
+                lost.append(one.wire.add_up(mine, one.payload, one.choice.slots, one.wide, one.keeps_lost))
+            messages, exchange = torch.stack([message for message, _ in lost]), OwnerExchange
+            lost = [one for _, one in lost]
+        else:
+            messages = torch.stack([one.wire.message(one.payload) for one in encoded])
+            exchange, lost = AllGather, [None] * len(encoded)
         for reducer, one, rest in zip(self.reducers, encoded, lost, strict=True):
-            reducer.decode(one, arrived, rest)
+            reducer.decode(one, exchange.collect(one, messages), rest)
         return flats[0], [e.choice.own for e in encoded]
-
-
-def _parsed(payloads, wire):
-    return wire.parse(torch.stack([wire.message(payload) for payload in payloads]), payloads[0])
-
-
-def _all_gather(encoded, wide):
-    return _parsed([e.payload for e in encoded], encoded[0].wire), [None] * len(encoded)
-
-
-def _owner_exchange(encoded, wide):
-    n, wire = len(encoded), encoded[0].wire
-    dealt = Dealt(encoded[0].choice.slots, n)
-    rows = [dealt.deal(e.payload.values) for e in encoded]
-    results, lost = [], []
-    for owner in range(n):
-        parts = [Payload(row[owner], e.payload.scale) for row, e in zip(rows, encoded, strict=True)]
-        total = _sum_in_rank_order(_parsed(parts, wire), wide)
-        result = wire.pack(total)
-        results.append(wire.unpack(result, wide))
-        rounded = wire.dtype != wide
-        lost.append((dealt.positions(owner), total - results[-1]) if rounded else None)
-    return Arrived(dealt.undo(torch.stack(results))[None]), lost

@@ -178,6 +178,11 @@ def _core(world):
     def allgather(tensor, name=None, process_set=hvd.global_process_set):
         return world.synchronize(world.start("allgather", [tensor], None, name, process_set, torch.cat))[0]
 
+    def alltoall(tensor, name=None, process_set=hvd.global_process_set):
+        combine = lambda rows: torch.stack([row.unflatten(0, (len(rows), -1)) for row in rows], 1)
+        pieces = world.synchronize(world.start("alltoall", [tensor], None, name, process_set, combine))[0]
+        return pieces[process_set.rank()].flatten(0, 1)
+
     def broadcast_async_(tensor, root_rank, name=None, process_set=hvd.global_process_set):
         combine = lambda rows: rows[root_rank]
         return (world.start("broadcast", [tensor], [tensor], name, process_set, combine), False)
@@ -190,7 +195,7 @@ def _core(world):
         "allreduce_async": functools.partial(adding, False, False),
         "allreduce_async_": functools.partial(adding, True, False),
         "grouped_allreduce_async_": functools.partial(adding, True, True),
-        "allgather": allgather, "broadcast_async_": broadcast_async_, "broadcast_": broadcast_,
+        "allgather": allgather, "alltoall": alltoall, "broadcast_async_": broadcast_async_, "broadcast_": broadcast_,
     }  # fmt: skip
 
 

@@ -171,7 +171,9 @@ def test_all_ranks_get_the_same_advice(ranks):
     assert max(map(len, text.splitlines())) < 200
 
 
-SENT = [Dense(), BlockSparse(block_size=16), BlockSparse("permuted", block_size=16, wire_dtype=torch.float16),
+SENT = [Dense(), Dense(exact=True), Dense("int4", "error_feedback"), BlockSparse(block_size=16),
+        BlockSparse("topk", density=0.1, block_size=16, wire_dtype="int8"),
+        BlockSparse("permuted", block_size=16, wire_dtype=torch.float16),
         BlockSparse("shared", density=0.3, block_size=16), BlockSparse("topk", density=0.1, block_size=16),
         BlockSparse("nominated", density=0.1, block_size=16), BlockSparse(memory="control_variate", block_size=16),
         BlockSparse("topk", density=0.1, block_size=16, warmup_steps=2, ramp_steps=2)]  # fmt: skip
@@ -192,8 +194,10 @@ def rehearses(rank, n, method):
 @pytest.mark.parametrize("method", SENT, ids=candidates.label)
 def test_what_is_rehearsed_is_what_is_sent(ranks, method):
     for predicted, sent in ranks(3).run(rehearses, method, seconds=60):
-        # Of nominations the union counts, which is another one in every step.
-        assert predicted == pytest.approx(sent, rel=0.25 if getattr(method, "selection", "") == "nominated" else 0)
+        # Of nominations the union counts, which is another one in every step. And the backend's ring is counted in
+        # whole bytes, a bucket at a time.
+        union = getattr(method, "selection", "") == "nominated"
+        assert predicted == pytest.approx(sent, rel=0.25 if union else 0, abs=6 if method.of_backend else 0)
 
 
 def rehearses_power_sgd(rank, n):

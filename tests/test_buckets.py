@@ -322,20 +322,18 @@ def test_a_hook_state_without_a_module_on_one_rank(ranks):
 
 
 def test_numbers_of_blocks_travel_in_a_dtype_that_holds_them():
-    assert selection.index_dtype(2**31) == torch.int32 and selection.index_dtype(2**31 + 1) == torch.int64
-    for numels, of_topk, of_nominated in (
-        ((2**30, 2**30), 4, 4),
-        ((2**30, 2**30, 64), 4, 8),  # topk counts within a parameter, nominated over the whole bucket
-        ((2**31 + 1, 64), 8, 8),
-    ):
+    limits = {2**16: torch.int16, 2**16 + 1: torch.int32, 2**31: torch.int32, 2**31 + 1: torch.int64}
+    assert all(selection.index_dtype(blocks) == dtype for blocks, dtype in limits.items())
+    for numels, width in (((2**16, 64), 2), ((2**16 + 1, 64), 4), ((2**30, 2**30, 64), 4), ((2**31 + 1, 64), 8)):
         slots = Layout(tuple("abc"[: len(numels)]), numels, 1).slots((6,) * len(numels))
-        assert selection.TopK.index_bytes(slots) == 6 * len(numels) * of_topk
-        assert selection.Nominated.asked_bytes(slots, 0, 3) == 2 * len(numels) * of_nominated
+        assert selection.TopK.index_bytes(slots) == 6 * len(numels) * width
+        assert selection.Nominated.asked_bytes(slots, 0, 3) == 2 * len(numels) * width
 
 
-def many_blocks(rank, n, methods, limit):
-    """Training where only so many blocks' numbers fit int32: parameters, bytes sent, and what was foretold."""
-    kept, selection.INT32_BLOCKS = selection.INT32_BLOCKS, limit
+def many_blocks(rank, n, methods, limits):
+    """Training where only so many blocks' numbers fit so many bits: parameters, bytes sent, and what was foretold."""
+    kept = selection.INT16_BLOCKS, selection.INT32_BLOCKS
+    selection.INT16_BLOCKS, selection.INT32_BLOCKS = limits
     try:
         found = []
         for method in methods:
@@ -348,15 +346,16 @@ def many_blocks(rank, n, methods, limit):
             found.append((flat(model.parameters()), handle.stats()["bytes_sent"] / 5, foretold))
         return found
     finally:
-        selection.INT32_BLOCKS = kept
+        selection.INT16_BLOCKS, selection.INT32_BLOCKS = kept
 
 
-def test_blocks_whose_numbers_do_not_fit_int32_are_sent_all_the_same(ranks):
+@pytest.mark.parametrize("limits", [(50, 2**31), (50, 50)], ids=["int32", "int64"])
+def test_blocks_whose_numbers_need_more_bits_are_sent_all_the_same(ranks, limits):
     methods = [method for selection_ in ("topk", "nominated") for method in (
         BlockSparse(selection_, density=0.1, block_size=16),
         BlockSparse(selection_, density=0.1, block_size=16, wire_dtype=torch.float16),
     )]  # fmt: skip
-    wide, narrow = (ranks(3).run(many_blocks, methods, limit) for limit in (50, 2**31))
+    wide, narrow = (ranks(3).run(many_blocks, methods, some) for some in (limits, (2**16, 2**31)))
     for of_wide, of_narrow in zip(wide, narrow, strict=True):
         for method, (ours, sent, foretold), (theirs, sent_narrow, foretold_narrow) in zip(methods, of_wide, of_narrow):
             assert torch.equal(ours, theirs), label(method)
@@ -364,3 +363,24 @@ def test_blocks_whose_numbers_do_not_fit_int32_are_sent_all_the_same(ranks):
             if method.wire_dtype == torch.float32:  # in one bucket
                 assert sent - sent_narrow == foretold - foretold_narrow, label(method)
                 assert method.selection == "nominated" or sent == foretold
+
+
+def large_numbers(rank, n, selection_, limit):
+    """Training with blocks whose numbers take the highest of 16 bits, where so many count as fitting 16 bits."""
+    kept, selection.INT16_BLOCKS = selection.INT16_BLOCKS, limit
+    try:
+        model = mlp(width=250, layers=1)
+        ddp = wrap(model)
+        handle = attach(ddp, BlockSparse(selection_, density=0.1, block_size=1))
+        optimizer, batches = sgd(ddp), data(rank, width=250)
+        for _ in range(2):
+            step(ddp, optimizer, next(batches))
+        return flat(model.parameters()), handle.stats()["bytes_sent"]
+    finally:
+        selection.INT16_BLOCKS = kept
+
+
+@pytest.mark.parametrize("selection_", ["topk", "nominated"])
+def test_numbers_use_all_of_their_16_bits(ranks, selection_):
+    for (narrow, few), (wide, more) in zip(*(ranks(2).run(large_numbers, selection_, limit) for limit in (2**16, 9))):
+        assert torch.equal(narrow, wide) and few < more

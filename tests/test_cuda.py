@@ -1,7 +1,13 @@
 """Hooks on a GPU: what is true of every method on the CPU is true there, with the tensors where training has them.
 
-Ranks share one GPU over Gloo, which carries CUDA tensors; the operators themselves are compared in test_ops.py.
+Ranks share one GPU over Gloo, which carries CUDA tensors, or one rank has it over NCCL, which allows no more; the
+operators themselves are compared in test_ops.py.
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import thinwire
@@ -47,3 +53,12 @@ def test_replicas_are_bitwise_equal_and_near_the_cpus(ranks, method):
 def test_dense_is_plain_ddp(ranks):
     plain, ours = ranks(2).run(train, None, "cuda")[0][1], ranks(2).run(train, Dense(), "cuda")[0][1]
     assert torch.allclose(plain, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_nccl_one_rank():
+    """The one rank sends what several would, and its host waits for nothing. In a process of its own, because the
+    variable that has it send is read when thinwire is imported."""
+    script = Path(__file__).with_name("nccl_rank.py")
+    environment = {**os.environ, "THINWIRE_EXCHANGE_ALONE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -10,14 +10,18 @@ from elastic import bounds, error_feedback, speed
 from grouped_averaging import shuffle
 from independent_blocks import reproduce
 from operators import table
+from overhead import run as overhead
+from steps import run as steps
 from suite import pictures, report, scale
 from suite.ledger import Ledger
+from wires import run as wires
 
 COMMITTED = record.TABLES
 TABLES = {
     demo: {"demo"}, table: {"bench", "operators"}, predictions: {"advise"}, scale: {"scale"},
     reproduce: {"independent_blocks"}, shuffle: {"shuffle_speed", "shuffle_quality"},
     speed: {"elastic_speed", "elastic_loss"}, error_feedback: {"elastic_error_feedback"}, bounds: {"elastic_bounds"},
+    steps: {"steps", "steps_targets"}, overhead: {"overhead"}, wires: {"wires"},
 }  # fmt: skip
 OF_THE_SUITE = {"train", "train_overall", "train_direct"}
 

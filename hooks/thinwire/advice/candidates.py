@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.distributed as dist
 
-from thinwire.advice.rehearsal import Echo, Hook
+from thinwire.advice.rehearsal import Echo, EchoLinks, Hook
+from thinwire.core.beside import Waves
 from thinwire.core.channel import Channel
 from thinwire.core.reducer import Reducer
 from thinwire.core.stats import Stats
@@ -39,8 +40,9 @@ def by_default(world_size: int, gloo: bool) -> tuple[Method | str, ...]:
     """What is worth asking about. Elastic is not among it: what is late depends on the gradients."""
     found = ["fp16", *([] if gloo else ["bf16"]), "powersgd-1", "powersgd-4", Dense(wire_dtype=torch.bfloat16),
              BlockSparse(), BlockSparse("permuted"), BlockSparse("shared", density=1 / world_size),
-             BlockSparse("topk", density=0.01), BlockSparse("nominated", density=0.01),
-             BlockSparse("nominated", density=0.04)]  # fmt: skip
+             Dense(wire_dtype="int4", memory="error_feedback"), BlockSparse("topk", density=0.01),
+             BlockSparse("nominated", density=0.01), BlockSparse("nominated", density=0.04),
+             BlockSparse("nominated", density=0.04, wire_dtype="int4")]  # fmt: skip
     if world_size > 2 and world_size % 2 == 0:
         found.append(DivideAndShuffle(2))
     return tuple(found)
@@ -76,7 +78,7 @@ def candidate(what: Method | str, gloo: bool) -> Candidate:
             # On Gloo its hook hangs with two buckets in flight.
             return Candidate(f"PyTorch's PowerSGD, rank {rank}", what, _power_sgd(int(rank)), 3, one_bucket=gloo)
     elif isinstance(what, (BlockSparse, Dense)):
-        return Candidate(label(what), what, _channel(what))
+        return Candidate(label(what), what, plain().make if what.of_backend else _channel(what))
     elif isinstance(what, DivideAndShuffle):
         if what.overlap != "none" or what.global_every or what.schedule == "hosts" or isinstance(what.schedule, Hosts):
             raise ValueError(f"advise cannot predict {label(what)}: it knows rounds after the step, in groups on one "
@@ -141,15 +143,22 @@ def _channel(method):
     sparse = method.as_block_sparse() if isinstance(method, Dense) else method
 
     def make(echo):
-        channel = Channel(echo, Reducer(sparse, echo.rank(), echo.size()), Stats())
-        step = sparse.warmup_steps + sparse.ramp_steps
+        channel = Channel(EchoLinks(echo), Reducer(sparse, echo.rank(), echo.size()), Stats())
+        step, wave, waves = sparse.warmup_steps + sparse.ramp_steps, [], Waves()
 
         def hook(bucket):
-            nonlocal step
-            if bucket.index() == 0:
-                channel.forget()
-            future = channel.average(bucket.buffer(), bucket.names, bucket.numels, step)
-            step += bucket.is_last()
+            nonlocal step, wave, waves
+            wave.append(channel.encode(bucket.buffer(), bucket.names, bucket.numels, step))
+            if waves.ends(bucket.buffer().numel(), bucket.of) or bucket.is_last():
+                some, wave = wave, []
+                echo.beside(lambda: channel.carry(some))
+            if bucket.is_last():
+                step, waves = step + 1, Waves()
+            return completed(bucket.buffer())
+
+        def completed(value):
+            future = torch.futures.Future()
+            future.set_result(value)
             return future
 
         return hook

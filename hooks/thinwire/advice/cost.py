@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 from thinwire.core import selection
 from thinwire.core.blocks import Layout
+from thinwire.core.exchange import SHORT
+from thinwire.core.levels import wire_of
 from thinwire.methods import Method, block_sparse
 
 KINDS = ("all_reduce", "all_gather", "all_to_all")
@@ -96,34 +98,44 @@ def all_reduce(nbytes: float, ranks: int, algorithm: str = "ring") -> tuple[Coll
     return (Collective("all_reduce", nbytes, ranks, algorithm),)
 
 
-def owner_exchange(nbytes: float, ranks: int, algorithm: str = "ring") -> tuple[Collective, ...]:
-    """See thinwire.core.exchange.OwnerExchange: an all-to-all, and an all-gather of the n-th that a rank owns."""
+def owner_exchange(nbytes: float, ranks: int, algorithm: str = "ring",
+                   back: float | None = None) -> tuple[Collective, ...]:  # fmt: skip
+    """See thinwire.core.exchange.OwnerExchange: an all-to-all of nbytes, and an all-gather of the n-th that a rank
+    owns, ``back`` bytes; as many as each rank sent it where that is None."""
     return (Collective("all_to_all", nbytes, ranks, algorithm),
-            Collective("all_gather", nbytes / ranks, ranks, algorithm))  # fmt: skip
+            gathered(nbytes / ranks if back is None else back, ranks, algorithm))  # fmt: skip
+
+
+def gathered(nbytes: float, ranks: int, algorithm: str = "ring") -> Collective:
+    """nbytes of each rank on all: see thinwire.core.exchange.GroupLinks.gather."""
+    if nbytes <= SHORT:
+        return Collective("all_to_all", ranks * nbytes, ranks, algorithm)
+    return Collective("all_gather", nbytes, ranks, algorithm)
 
 
 def exchanges(method: Method, numels: Sequence[int], ranks: int, *, algorithm: str = "ring",
               names: Sequence[str] | None = None) -> tuple[Collective, ...]:  # fmt: skip
-    """The collectives of one step of Dense or BlockSparse after its ramp, with all float32 parameters in one bucket.
+    """The collectives of one step of Dense or BlockSparse after its ramp, with all float32 parameters in one wave.
 
     numels: of the parameters. Together they send what :func:`thinwire.estimate` says. Raises TypeError for a method
     that does not average gradients.
     """
+    if method.of_backend:
+        return all_reduce(4 * sum(numels), ranks, algorithm)
     method = block_sparse(method)
     names = tuple(f"{i}" for i in range(len(numels))) if names is None else tuple(names)
     step = method.warmup_steps + method.ramp_steps
     slots = Layout(names, tuple(numels), method.block_size).slots(method.counts_at(step, ranks, tuple(numels)))
-    width = method.wire_dtype.itemsize
-    sizes = [end - begin for begin, end in zip(slots.offsets, slots.offsets[1:])]
+    wire = wire_of(method.wire_dtype)
     chosen = selection.Whole if all(slots.whole) else selection.BY_NAME[method.selection]
     if chosen.common:
-        owned = width * sum(-(-size // ranks) for size in sizes)
-        found = owner_exchange(ranks * owned, ranks, algorithm)
+        there, back = wire.row_bytes(slots, ranks)
+        found = owner_exchange(ranks * there, ranks, algorithm, back)
         if chosen.talks:
-            found = (Collective("all_gather", chosen.asked_bytes(slots, step, ranks), ranks, algorithm), *found)
+            found = (gathered(chosen.asked_bytes(slots, step, ranks), ranks, algorithm), *found)
         return found
-    message = width * sum(sizes) + chosen.index_bytes(slots)
-    return (Collective("all_gather", message, ranks, algorithm),)
+    message = wire.message_bytes(slots, chosen.index_bytes(slots))
+    return (gathered(message, ranks, algorithm),)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.advice.cost import Collective, Local, Script, Start, Wait
-from thinwire.core.exchange import gather_objects
+from thinwire.core.exchange import GroupLinks, gather_objects
 from thinwire.state import agree
 
 # hook(bucket) of one method: gives the future of the averaged bucket.
@@ -58,11 +58,15 @@ def gathered(gather: Callable[[object], list], thing: object) -> list:
 
 
 class Bucket:
-    """A DDP bucket as hooks see it, that no DDP has made: parameters, and a flat buffer with their gradients."""
+    """A DDP bucket as hooks see it, that no DDP has made: parameters, and a flat buffer with their gradients.
+
+    of: elements of all buckets together; by default this is the only one.
+    """
 
     def __init__(self, names: tuple[str, ...], shapes: Sequence[torch.Size], index: int, last: bool,
-                 flat: torch.Tensor):  # fmt: skip
+                 flat: torch.Tensor, of: int | None = None):  # fmt: skip
         self.names, self.shapes = names, tuple(shapes)
+        self.of = flat.numel() if of is None else of
         self.numels = tuple(shape.numel() for shape in shapes)
         self._index, self._last, self._flat = index, last, flat
 
@@ -85,9 +89,12 @@ class Bucket:
 class Echo(dist.ProcessGroup):
     """A process group of ``size`` ranks that only this rank knows of; see above.
 
-    real: the group whose ranks rehearse together. What is gathered as int32 is gathered there: nominations, on whose
-    union the rest of the work depends. The clock stands still meanwhile.
+    real: the group whose ranks rehearse together. What they must know of each other before they choose is gathered
+    there (:class:`EchoLinks`): nominations, on whose union the rest of the work depends. The clock stands still
+    meanwhile.
     """
+
+    asking = False
 
     def __init__(self, rank: int, size: int, real: dist.ProcessGroup, device: torch.device):
         super().__init__(rank, size)
@@ -97,6 +104,7 @@ class Echo(dist.ProcessGroup):
     def begin(self) -> None:
         """A script begins: hook's body. Futures are kept back until :meth:`go_on`."""
         self._events, self._body, self._waiting = [], None, []
+        self._beside: list[Callable[[], None]] = []
         self._resume()
 
     def go_on(self) -> None:
@@ -108,7 +116,15 @@ class Echo(dist.ProcessGroup):
             self._resume()
             work.complete()
             self._pause()
+        for job in self._beside:
+            self._resume()
+            job()
+            self._pause()
         self._since = None
+
+    def beside(self, job: Callable[[], None]) -> None:
+        """To be done beside the backward pass, after the hook's body."""
+        self._beside.append(job)
 
     def script(self) -> Script:
         """What was done since :meth:`begin`."""
@@ -121,7 +137,7 @@ class Echo(dist.ProcessGroup):
 
     def all_gather_single(self, output, given, options=None):
         self._pause()
-        if given.dtype == torch.int32:
+        if self.asking:
             everyone = gathered(lambda thing: gather_objects(thing, self._real), given.to("cpu", copy=True))
             output.view(self.size(), -1).copy_(torch.stack(everyone).view(self.size(), -1))
         else:
@@ -134,7 +150,11 @@ class Echo(dist.ProcessGroup):
     def all_to_all_single(self, output, given, output_sizes=None, input_sizes=None, options=None):
         self._pause()
         rows = given.view(self.size(), -1)
-        output.view(self.size(), -1).copy_(rows[self.rank()].expand_as(rows))
+        if self.asking:
+            everyone = gathered(lambda thing: gather_objects(thing, self._real), rows[0].to("cpu", copy=True))
+            output.view(self.size(), -1).copy_(torch.stack(everyone))
+        else:
+            output.view(self.size(), -1).copy_(rows[self.rank()].expand_as(rows))
         self._resume()
         return self._collective("all_to_all", given, [output])
 
@@ -177,6 +197,19 @@ class Echo(dist.ProcessGroup):
 
     def _resume(self):
         self._since = clock(self._device)
+
+
+class EchoLinks(GroupLinks):
+    """Links over an Echo."""
+
+    group: Echo
+
+    def ask(self, mine: torch.Tensor) -> torch.Tensor:
+        self.group.asking = True
+        try:
+            return super().ask(mine)
+        finally:
+            self.group.asking = False
 
 
 class _Work:

@@ -66,8 +66,9 @@ class Trial:
         """This rank's scripts, a bucket each."""
         echo = Echo(self.group.rank(), self.group.size(), self.group, self.device)
         gradients = [self._flat(names) for names in cut]
-        buckets = [Bucket(names, [self._gradients[name].shape for name in names], i, i == len(cut) - 1, flat.clone())
-                   for i, (names, flat) in enumerate(zip(cut, gradients))]  # fmt: skip
+        of = sum(flat.numel() for flat in gradients)
+        buckets = [Bucket(names, [self._gradients[name].shape for name in names], i, i == len(cut) - 1, flat.clone(),
+                          of) for i, (names, flat) in enumerate(zip(cut, gradients))]  # fmt: skip
         steps = rehearse(candidate.make(echo), buckets, gradients, echo, REHEARSALS, candidate.skipped)
         return [_typical(scripts, statistics.median) for scripts in zip(*steps)]
 

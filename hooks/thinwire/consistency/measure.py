@@ -75,7 +75,7 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
     shares: of its blocks that each parameter sends, as rounded; gradient_norm: M, the largest norm of a rank's
     gradient.
     """
-    if isinstance(method, Dense):
+    if isinstance(method, Dense) and method.memory == "none":
         return 0.0
     if isinstance(method, Elastic):
         inner = bound(method.method, shares, gradient_norm)
@@ -87,6 +87,8 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
         return inner + (2 if method.speculate else 1) * late
     if not isinstance(method, BlockSparse) or BY_NAME[method.selection].talks and method.memory != "none":
         return None  # a rank's own residual need not shrink where others nominate the blocks
+    if isinstance(method.wire_dtype, str):
+        return None  # how much its rounding leaves behind is not known beforehand
     if method.memory != "error_feedback":
         return 0.0
     return bounds.error_feedback(1 - min(shares, default=1.0), gradient_norm / (1 - method.momentum))

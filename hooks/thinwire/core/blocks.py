@@ -7,14 +7,18 @@ buckets after the first backward pass, and after a resume, and nothing that thin
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from thinwire import ops
+
 # Columns of the int64 table [segments, 6] from which every operator reads the geometry.
 START, NUMEL, FIRST_BLOCK, SLOTS, FIRST_SLOT, OFFSET = range(6)
+NOWHERE = torch.iinfo(torch.int64).max  # the number of a block in a slot that is not used
 
 
 def unit_of(name: str) -> int:
@@ -58,14 +62,25 @@ class Layout:
         return torch.tensor([unit_of(name) for name in self.names], dtype=torch.int64, device="cpu")
 
     @cached_property
-    def _units(self) -> dict[torch.device, torch.Tensor]:
-        return {}
+    def firsts(self) -> torch.Tensor:
+        """int64 [segments]: first_blocks without the total."""
+        return torch.tensor(self.first_blocks[:-1], dtype=torch.int64, device="cpu")
 
     def units_on(self, device: torch.device) -> torch.Tensor:
-        """The units on a device, copied there once."""
-        if device not in self._units:
-            self._units[device] = self.units.to(device)
-        return self._units[device]
+        """The units on a device."""
+        return self.plan(("units", device), lambda: self.units.to(device))
+
+    def turns_on(self, device: torch.device, n: int) -> torch.Tensor:
+        """int64 [segments], on a device: of n ranks the one with which each parameter begins, whatever is around it."""
+        return self.plan(("turns", device, n), lambda: (self.units % n).to(device))
+
+    def plan(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What follows from the layout alone, made once."""
+        return _made_once(self._plans, key, make)
+
+    @cached_property
+    def _plans(self) -> dict[tuple, Any]:
+        return {}
 
     def slots(self, counts: tuple[int, ...]) -> "Slots":
         """The payload in which the i-th parameter sends ``counts[i]`` of its blocks."""
@@ -121,21 +136,89 @@ class Slots:
         rows = zip(layout.starts, layout.numels, layout.first_blocks, self.counts, self.first_slots, self.offsets)
         return torch.tensor(list(rows), dtype=torch.int64, device="cpu").view(-1, 6)
 
-    @cached_property
-    def _tables(self) -> dict[torch.device, torch.Tensor]:
-        return {}
-
     def table_on(self, device: torch.device) -> torch.Tensor:
-        """The table on a device, copied there once."""
-        if device not in self._tables:
-            self._tables[device] = self.table.to(device)
-        return self._tables[device]
+        """The table on a device."""
+        return self.plan(("table", device), lambda: self.table.to(device))
+
+    def every_block_on(self, device: torch.device) -> torch.Tensor:
+        return self.plan(("every block", device), lambda: self.every_block.to(device))
+
+    def room(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A payload [numel] to be written."""
+        return torch.empty(self.numel, dtype=dtype, device=device)
+
+    def plan(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What follows from the shape alone, made once."""
+        return _made_once(self._plans, key, make)
+
+    @cached_property
+    def _plans(self) -> dict[tuple, Any]:
+        return {}
 
     @cached_property
     def every_block(self) -> torch.Tensor:
         """int64 [total]: the block in each slot when every parameter travels whole."""
         nothing = torch.empty(0, dtype=torch.int64, device="cpu")
         return torch.cat([torch.arange(blocks, device="cpu") for blocks in self.layout.blocks] or [nothing])
+
+
+@dataclass(frozen=True)
+class United:
+    """A payload's shape that a step has found, as a table on its device.
+
+    within: the shape of what was asked for, which has as many slots of each parameter or more. total and numel: slots
+    and elements; on a GPU those of ``within``, because the host does not know how many there are, and what is beyond
+    them is nothing: its blocks are NOWHERE, its elements 0.
+    """
+
+    within: Slots
+    table: torch.Tensor
+    total: int
+    numel: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.within.layout
+
+    def table_on(self, device: torch.device) -> torch.Tensor:
+        return self.table
+
+    def room(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A payload [numel] to be written."""
+        make = torch.zeros if self.table.is_cuda else torch.empty
+        return make(self.numel, dtype=dtype, device=device)
+
+
+def unite(named: torch.Tensor, asked: Slots) -> tuple[United, torch.Tensor]:
+    """Shape and block numbers, int64 [total], of the union of what was named and of the parameters asked for whole.
+
+    named: numbers counted over the whole flat tensor, [n, L]; -1 where there is none.
+    """
+    device, block_size = named.device, asked.layout.block_size
+    chosen = torch.empty(asked.total, dtype=torch.int64, device=device)
+    table = torch.empty(len(asked.counts), 6, dtype=torch.int64, device=device)
+    ops.unite_blocks(named, asked.table_on(device), block_size, chosen, table)
+    if device.type != "cpu" or not len(table):
+        return United(asked, table, asked.total, asked.numel), chosen
+    _, numel, _, slots, first_slot, offset = table[-1].tolist()
+    total = first_slot + slots
+    width = numel if slots == asked.layout.blocks[-1] else slots * block_size
+    return United(asked, table, total, offset + width), chosen[:total]
+
+
+def sizes_of(slots: Slots | United, device: torch.device) -> torch.Tensor:
+    """int64 [segments]: elements that each parameter has in a payload."""
+    layout, table = slots.layout, slots.table_on(device)
+    blocks = layout.plan(
+        ("blocks", device), lambda: torch.tensor(layout.blocks, dtype=torch.int64, device="cpu").to(device)
+    )
+    return torch.where(table[:, SLOTS] == blocks, table[:, NUMEL], table[:, SLOTS] * layout.block_size)
+
+
+def _made_once(plans, key, make):
+    if key not in plans:
+        plans[key] = make()
+    return plans[key]
 
 
 def _running_sum(values: Iterable[int]) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def keep(group: dist.ProcessGroup) -> None:
     """Hold a group that is used; those that their owner has destroyed meanwhile go."""
     if group not in _kept:
         pid = os.getpid()
-        for other in [one for one, of in _kept.items() if of == pid and not _is_there(one) and not _busy(one)]:
+        for other in [one for one, of in _kept.items() if of == pid and not is_there(one) and not _busy(one)]:
             del _kept[other]
         _kept[group] = pid
 
@@ -98,7 +98,8 @@ def _busy(group=None):
     return any(callback.here and group in (None, callback.group) for callback in list(_under_way))
 
 
-def _is_there(group):
+def is_there(group: dist.ProcessGroup) -> bool:
+    """Whether it has not been destroyed."""
     try:
         dist.get_backend(group)
     except Exception:  # which one differs between versions of PyTorch

@@ -1,171 +1,142 @@
-"""The collectives that carry payloads. Each is started in the hook's body, never in a future's callback.
+"""The collectives that carry payloads, of one flat gradient or of several at once, in as many messages.
 
-A collective that is started or waited for inside a callback deadlocks on Gloo as soon as two buckets are in flight,
-because its callbacks run on the very threads that carry collectives.
+They are started and waited for in one thread, never in a future's callback: on Gloo that deadlocks as soon as two are
+in flight, because callbacks run on the very threads that carry collectives.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from thinwire.core.blocks import Slots
-from thinwire.core.wire import Arrived, Payload, Wire
+from thinwire.core.reducer import Encoded
+from thinwire.core.wire import Arrived
 
 # torch 2.13 renames it and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
+SHORT = 2**14  # bytes to each rank: of such messages a network's latency takes longer than the bytes
 _LEAST_PIECE, _MOST_PIECES = 2**16, 8  # bytes to a rank in one of several all-to-alls, and how many of them
+
+
+class Links(Protocol):
+    """How a rank's bytes reach the others, in the same order on every rank."""
+
+    rank: int
+    size: int
+
+    def ask(self, mine: torch.Tensor) -> torch.Tensor:
+        """What must be known before blocks are chosen, mine [L]: everyone's [size, L]."""
+
+    def gather(self, mine: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Start to bring mine [L] to all: everyone's [size, L] once what comes beside it, or None, has been waited
+        for."""
+
+    def swap(self, rows: torch.Tensor) -> torch.Tensor:
+        """The i-th row of rows [size, L] goes to rank i; what came from the ranks, [size, L]."""
+
+
+class GroupLinks:
+    """Links over a process group of torch.distributed."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+
+    def ask(self, mine: torch.Tensor) -> torch.Tensor:
+        everyone, work = self.gather(mine)
+        work.wait()
+        return everyone
+
+    def gather(self, mine: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Gloo's all-gather is a ring, in which a message waits for size - 1 others: short ones go to all at once."""
+        everyone = mine.new_empty(self.size, mine.numel())
+        if not mine.is_cuda and mine.numel() * mine.element_size() <= SHORT:
+            rows = mine.expand(self.size, -1).contiguous()
+            return everyone, dist.all_to_all_single(everyone, rows, group=self.group, async_op=True)
+        return everyone, _all_gather_single(everyone.view(-1), mine, group=self.group, async_op=True)
+
+    def swap(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gloo's all-to-all sends before it receives, which leaves half of a two-way link idle; several at once do
+        not."""
+        pieces = 1 if rows.is_cuda else min(_MOST_PIECES, max(1, rows.shape[1] // _LEAST_PIECE))
+        there = [piece.contiguous() for piece in rows.chunk(pieces, dim=1)]
+        here = [torch.empty_like(piece) for piece in there]
+        works = [dist.all_to_all_single(*pair, group=self.group, async_op=True) for pair in zip(here, there)]
+        for work in works:
+            work.wait()
+        return here[0] if pieces == 1 else torch.cat(here, dim=1)
 
 
 @dataclass
 class InFlight:
-    """A collective under way: its future, its messages [R, bytes] once that is done, and the bytes a rank sends.
+    """Flat gradients whose last message is under way: messages [size, bytes], each gradient's one beside the other.
 
-    numel: elements of the payload. dealt: how it was dealt to owners, or None. lost: what this rank's part of the sum
-    lost to the wire dtype, positions in the payload and values, each [part], or None.
+    lost: of each, what its owner's part of the sum lost to the wire dtype, or None. bytes_sent: by this rank.
     """
 
-    future: torch.futures.Future
+    encoded: Sequence[Encoded]
     messages: torch.Tensor
-    like: Payload
+    work: Any
+    widths: list[int]
+    lost: list[torch.Tensor | None]
     bytes_sent: int
-    numel: int
-    dealt: "Dealt | None" = None
-    lost: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
 
 
 class AllGather:
     """Every rank gets every rank's message: for blocks that differ between ranks. Sends (n - 1) messages a rank."""
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    @staticmethod
+    def start(encoded: Sequence[Encoded], links: Links) -> InFlight:
+        mine = [one.wire.message(one.payload) for one in encoded]
+        message, widths = _side_by_side(mine)
+        everyone, work = _gather(message, links)
+        return InFlight(encoded, everyone, work, widths, [None] * len(mine), (links.size - 1) * message.numel())
 
-    def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
-        n = self.group.size()
-        message = wire.message(payload)
-        if not slots.numel:
-            return _nothing_to_send(payload, message, n)
-        messages = message.new_empty(n, message.numel())
-        work = _all_gather_single(messages.view(-1), message, group=self.group, async_op=True)
-        return InFlight(work.get_future(), messages, payload, (n - 1) * message.numel(), slots.numel)
-
-    def collect(self, flight: InFlight, wire: Wire) -> Arrived:
-        return wire.parse(flight.messages, flight.like)
+    @staticmethod
+    def collect(one: Encoded, messages: torch.Tensor) -> Arrived:
+        return one.wire.parse(messages, one.payload, one.choice.slots, one.wide)
 
 
 class OwnerExchange:
     """An all-reduce with sums in float32 (``wide``) and in rank order: for blocks common to all ranks.
 
-    Each rank owns one n-th of what every parameter sends. An all-to-all brings it every rank's version of that part,
-    it adds them, and an all-gather brings the sums to all: the bytes of a ring all-reduce, in a 16-bit dtype as well,
-    and the same bits however parameters are put into buckets. The all-to-all is waited for in the hook's body.
+    Each rank owns one n-th of what every parameter sends (see ``dealing.py``). An all-to-all brings it every rank's
+    version of that part, it adds them, and an all-gather brings the sums to all: the bytes of a ring all-reduce, in few
+    bits as well, and the same bits however parameters are put into buckets.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    @staticmethod
+    def start(encoded: Sequence[Encoded], links: Links) -> InFlight:
+        outgoing, widths = _side_by_side([one.wire.rows(one.payload) for one in encoded])
+        incoming = links.swap(outgoing) if outgoing.numel() else outgoing
+        results = [
+            one.wire.add_up(rows, one.payload, one.choice.slots, one.wide, one.keeps_lost)
+            for one, rows in zip(encoded, incoming.split(widths, dim=1))
+        ]
+        message, widths = _side_by_side([result for result, _ in results])
+        everyone, work = _gather(message, links)
+        sent = (links.size - 1) * (outgoing.shape[1] + message.numel())
+        return InFlight(encoded, everyone, work, widths, [lost for _, lost in results], sent)
 
-    def start(self, payload: Payload, wire: Wire, slots: Slots, wide: torch.dtype) -> InFlight:
-        n, rank = self.group.size(), self.group.rank()
-        dealt = Dealt(slots, n)
-        if not slots.numel:
-            return _nothing_to_send(payload, wire.message(payload), n, dealt)
-        outgoing = dealt.deal(payload.values)
-        if payload.scale is None:
-            outgoing = outgoing.view(torch.uint8)
-        else:
-            outgoing = torch.stack([wire.message(Payload(part, payload.scale)) for part in outgoing])
-        incoming = _all_to_all(outgoing, self.group)
-        like = Payload(payload.values.new_empty(dealt.part), payload.scale)
-        total = _sum_in_rank_order(wire.parse(incoming, like), wide)
-        result = wire.pack(total)
-        message = wire.message(result)
-        messages = message.new_empty(n, message.numel())
-        work = _all_gather_single(messages.view(-1), message, group=self.group, async_op=True)
-        sent = (n - 1) * (outgoing.shape[1] + message.numel())
-        lost = None
-        if wire.dtype != total.dtype:
-            lost = dealt.positions(rank).to(total.device), total - wire.unpack(result, total.dtype)
-        return InFlight(work.get_future(), messages, like, sent, slots.numel, dealt, lost)
-
-    def collect(self, flight: InFlight, wire: Wire) -> Arrived:
-        parts = wire.parse(flight.messages, flight.like)
-        values = parts.values
-        if parts.inverses is not None:
-            values = values.to(torch.float32) * parts.inverses[:, None]
-        assert flight.dealt is not None  # by start
-        return Arrived(flight.dealt.undo(values)[None])
+    @staticmethod
+    def collect(one: Encoded, messages: torch.Tensor) -> Arrived:
+        return one.wire.spread(messages, one.payload, one.choice.slots, one.wide)
 
 
-def _nothing_to_send(payload: Payload, message: torch.Tensor, n: int, dealt: "Dealt | None" = None) -> InFlight:
-    """A bucket of parameters without elements has none on any rank, so no rank waits for a collective: it is done."""
-    future: torch.futures.Future = torch.futures.Future()
-    future.set_result(None)
-    return InFlight(future, message.repeat(n, 1), payload, 0, 0, dealt)
+def _gather(message, links):
+    """Where nothing is to be sent no rank waits for a collective: shapes are the same on all of them."""
+    return links.gather(message) if message.numel() else (message.new_empty(links.size, 0), None)
 
 
-class Dealt:
-    """A payload dealt to n owners, rows of ``part`` elements: of every parameter the i-th n-th to rank i.
-
-    Per parameter, so that which rank keeps a rounding error does not depend on what else is in the bucket. By slices
-    and not by an index of every element, which takes longer than the sums.
-    """
-
-    def __init__(self, slots: Slots, n: int):
-        self.n = n
-        self.numel = slots.numel
-        self._cuts = []  # begin in the payload, elements, elements of an owner, begin in its row
-        self.part = 0
-        for begin, end in zip(slots.offsets, slots.offsets[1:]):
-            if end > begin:
-                share = -((begin - end) // n)
-                self._cuts.append((begin, end - begin, share, self.part))
-                self.part += share
-
-    def deal(self, values: torch.Tensor) -> torch.Tensor:
-        """values [numel] as [n, part]; zeros where a parameter has no more."""
-        rows = values.new_zeros(self.n, self.part)
-        for row, piece in self._pieces(rows, values):
-            row.copy_(piece)
-        return rows
-
-    def undo(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, part] as the values [numel] that deal() would make them of."""
-        values = rows.new_empty(self.numel)
-        for row, piece in self._pieces(rows, values):
-            piece.copy_(row)
-        return values
-
-    def positions(self, rank: int) -> torch.Tensor:
-        """int64 [part]: where in the payload a rank's elements are; beyond the last one where it has none."""
-        found = torch.full((self.part,), self.numel, device="cpu")
-        for begin, numel, share, at in self._cuts:
-            first, last = min(rank * share, numel), min((rank + 1) * share, numel)
-            found[at : at + last - first] = torch.arange(begin + first, begin + last, device="cpu")
-        return found
-
-    def _pieces(self, rows, values):
-        for begin, numel, share, at in self._cuts:
-            full = numel // share
-            end = begin + full * share
-            yield rows[:full, at : at + share], values[begin:end].view(full, share)
-            if end < begin + numel:
-                yield rows[full, at : at + begin + numel - end], values[end : begin + numel]
-
-
-def _all_to_all(outgoing: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The i-th row of outgoing [n, bytes] goes to rank i; what came from the ranks, [n, bytes], waited for.
-
-    Gloo's all-to-all sends before it receives, which leaves half of a two-way link idle; several at once do not.
-    """
-    pieces = 1 if outgoing.is_cuda else min(_MOST_PIECES, max(1, outgoing.shape[1] // _LEAST_PIECE))
-    there = [piece.contiguous() for piece in outgoing.chunk(pieces, dim=1)]
-    here = [torch.empty_like(piece) for piece in there]
-    works = [dist.all_to_all_single(*pair, group=group, async_op=True) for pair in zip(here, there)]
-    for work in works:
-        work.wait()
-    return here[0] if pieces == 1 else torch.cat(here, dim=1)
+def _side_by_side(parts):
+    """Bytes [..., B] of several as one tensor, and how many are whose."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1), [part.shape[-1] for part in parts]
 
 
 def gather_now(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -180,10 +151,3 @@ def gather_objects(thing: Any, group: dist.ProcessGroup) -> list:
     everyone = [None] * group.size()
     dist.all_gather_object(everyone, thing, group=group)
     return everyone
-
-
-def _sum_in_rank_order(arrived, dtype):
-    total = torch.zeros(arrived.values.shape[1], dtype=dtype, device=arrived.values.device)
-    for rank, values in enumerate(arrived.values.to(dtype)):
-        total += values if arrived.inverses is None else values * arrived.inverses[rank]
-    return total

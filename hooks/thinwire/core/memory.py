@@ -8,14 +8,15 @@ a step have changed can be put back as long as that step is not made: ``put_back
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from thinwire import ops
-from thinwire.core.blocks import Layout, Slots
+from thinwire.core.blocks import Layout, Slots, United
 from thinwire.core.selection import Choice
 from thinwire.core.store import FlatStore
-from thinwire.core.wire import Arrived, Payload, Wire
+from thinwire.core.wire import Arrived, Payload, Wire, all_finite
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Reading:
     """A flat gradient as a memory presents it: source [N] to send from, and what thinwire.ops says of its blocks.
 
     norms [M] are None where nobody asked for them. restored: state, and what it is to be again if the pass turns out
-    bad, where that cannot be computed backwards.
+    bad, where that cannot be computed backwards. others: further state [N] that the pass changes: where it is now, for
+    what is put back meanwhile is somewhere else.
     """
 
     layout: Layout
@@ -47,6 +49,7 @@ class Reading:
     status: torch.Tensor
     norms: torch.Tensor | None = None
     restored: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    others: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
@@ -55,31 +58,38 @@ class Sum:
 
     to_mean and to_estimate are [S]: they turn the sum into the mean of what was sent, and into the estimate of the
     mean gradient (the same unless the method is unbiased: papers' 1 / (n tau)). lost is what the exchange rounded
-    off the sum and this rank answers for: positions in the payload (its length is none) and values, or None.
+    off the part of the sum that this rank owns, as the payload's dealing has it, or None.
     """
 
     arrived: Arrived
-    slots: Slots
+    slots: Slots | United
     rows: torch.Tensor
     to_mean: torch.Tensor
     to_estimate: torch.Tensor
-    lost: tuple[torch.Tensor, torch.Tensor] | None = None
+    lost: torch.Tensor | None = None
 
 
 class Memory:
-    """Base of every memory."""
+    """Base of every memory.
+
+    keeps_lost: what the exchange rounds off the sum is kept, by its owner.
+    """
+
+    keeps_lost = True
 
     def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
         raise NotImplementedError
 
-    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+    def pack(self, reading: Reading, choice: Choice, wire: Wire, dealing: Any = None) -> Payload:
+        """The payload of the chosen blocks. dealing: how it is dealt to owners, if it is; see Payload."""
         raise NotImplementedError
 
     def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
         """The wire for gradients of a dtype."""
         return wire
 
-    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum, rank: int) -> None:
+        """Write the average over the gradient, and bring the memory up to date. rank: this one."""
         raise NotImplementedError
 
     def stores(self) -> dict[str, FlatStore]:
@@ -108,20 +118,25 @@ class Memory:
 class NoMemory(Memory):
     """What is not sent is forgotten."""
 
+    keeps_lost = False
+
     def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
         if ranks_blocks:  # as error feedback that starts from zero
             return _accumulated(flat, slots, torch.zeros(flat.shape, dtype=wide(flat.dtype), device=flat.device))
         return _examined(flat, slots)
 
-    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+    def pack(self, reading: Reading, choice: Choice, wire: Wire, dealing: Any = None) -> Payload:
         if wire.dtype == torch.float16:
-            return wire.pack(_gather(reading.source, choice, reading.status, wide(reading.grad.dtype)))
-        return Payload(_gather(reading.source, choice, reading.status, wire.dtype))
+            payload = wire.pack(_gather(reading.source, choice, reading.status, wide(reading.grad.dtype)))
+        else:
+            payload = Payload(_gather(reading.source, choice, reading.status, wire.dtype))
+        payload.dealing = dealing
+        return payload
 
     def wire_for(self, wire: Wire, dtype: torch.dtype) -> Wire:
         return wire.narrowed_to(dtype)
 
-    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum, rank: int) -> None:
         _scatter(total.arrived, total.rows, total.slots, total.to_estimate, reading.grad)
 
 
@@ -137,23 +152,29 @@ class ErrorFeedback(Memory):
         kept = slots.layout, wide(flat.dtype), flat.device
         residual, before = self.residual.change(*kept, of.step)
         velocity, was = (None, None) if self.velocity is None else self.velocity.change(*kept, of.step)
+        others = () if velocity is None else (velocity,)
         if velocity is None or not of.again:
-            return _accumulated(flat, slots, residual, velocity, self.momentum, before, was)
+            reading = _accumulated(flat, slots, residual, velocity, self.momentum, before, was)
+            reading.others = others
+            return reading
         for now, then in ((residual, before), (velocity, was)):
             if then is not None:
                 now.copy_(then)
         restored = (residual, residual.clone()), (velocity, velocity.clone())
         reading = _accumulated(flat, slots, residual)
         velocity += torch.where(torch.isfinite(flat), flat, torch.zeros_like(flat))
-        reading.restored = restored
+        reading.restored, reading.others = restored, others
         return reading
 
-    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
+    def pack(self, reading: Reading, choice: Choice, wire: Wire, dealing: Any = None) -> Payload:
+        if wire.takes_blocks:
+            return wire.take(reading.source, choice, reading.status, dealing, keep=True)
         if wire.saturates:
             values = self._take(reading, choice, reading.source.dtype, None)
             payload = wire.pack(values)
-            left = torch.where(torch.isfinite(values), values - wire.unpack(payload, values.dtype), 0.0)
-            factors = torch.ones(len(choice.slots.counts), dtype=values.dtype, device=values.device)
+            rounded = values - wire.unpack(payload, choice.slots, values.dtype)
+            left = torch.where(torch.isfinite(values), rounded, 0.0)
+            factors = torch.ones(_parameters(choice), dtype=values.dtype, device=values.device)
             _scatter(Arrived(left[None]), choice.own[None], choice.slots, factors, reading.source, accumulate=True)
             return payload
         scale = None
@@ -161,21 +182,27 @@ class ErrorFeedback(Memory):
             assert reading.norms is not None  # add has asked for them
             largest = reading.norms.max().sqrt() if reading.norms.numel() else reading.norms.new_zeros(())
             scale = wire.scale(largest)
-        return Payload(self._take(reading, choice, wire.dtype, scale), scale)
+        return Payload(self._take(reading, choice, wire.dtype, scale), scale, dealing=dealing)
 
-    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum, rank: int) -> None:
         layout, residual = choice.slots.layout, reading.source
-        good = _all_finite(total.arrived.values)
-        bad = torch.zeros_like(good) if reading.restored else ~good
+        good = total.arrived.all_finite()
+        bad = _flag(~good)
+        undo = torch.zeros_like(bad) if reading.restored else bad
+        values = sent.values
+        if wire.takes_blocks:  # what it took is asked for only to be given back
+            gives_back = undo.is_cuda or bool(undo)
+            values = wire.unpack(sent, choice.slots, residual.dtype) if gives_back else choice.slots.room(
+                residual.dtype, residual.device)  # fmt: skip
         ops.settle_(
-            residual, self._velocity_of(layout, residual), reading.grad, self.momentum, sent.values,
+            residual, reading.others[0] if reading.others else None, reading.grad, self.momentum, values,
             None if sent.scale is None else 1 / sent.scale, choice.own, choice.slots.table_on(residual.device),
-            layout.block_size, reading.status, bad.to(torch.int32).reshape(1),
+            layout.block_size, reading.status, undo,
         )  # fmt: skip
         for state, before in reading.restored:
             state.copy_(torch.where(good, state, before))
         if total.lost is not None:
-            _add_lost(residual, choice, total.lost, good, 1.0)
+            sent.dealing.add_part(total.lost, rank, choice.own, 1.0, bad, residual)
         _scatter(total.arrived, total.rows, total.slots, total.to_mean, reading.grad)
 
     def stores(self) -> dict[str, FlatStore]:
@@ -185,13 +212,10 @@ class ErrorFeedback(Memory):
         return self.residual.views()
 
     def _take(self, reading, choice, dtype, scale):
-        values = torch.empty(choice.slots.numel, dtype=dtype, device=reading.source.device)
+        values = choice.slots.room(dtype, reading.source.device)
         table, block_size = choice.slots.table_on(values.device), choice.slots.layout.block_size
         ops.take_blocks_(reading.source, choice.own, table, block_size, reading.status, scale, values)
         return values
-
-    def _velocity_of(self, layout, residual):
-        return None if self.velocity is None else self.velocity.flat(layout, residual.dtype, residual.device)
 
 
 class ControlVariate(Memory):
@@ -206,31 +230,35 @@ class ControlVariate(Memory):
         self.mean = FlatStore()
 
     def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
-        for store in self.stores().values():
+        reading = _examined(flat, slots)
+        for store in (self.own, self.mean):
             now, before = store.change(slots.layout, wide(flat.dtype), flat.device, of.step)
             if before is not None:
                 now.copy_(before)
-        return _examined(flat, slots)
+            reading.others += (now,)
+        return reading
 
-    def pack(self, reading: Reading, choice: Choice, wire: Wire) -> Payload:
-        dtype, device = wide(reading.grad.dtype), reading.grad.device
-        own = self.own.flat(choice.slots.layout, dtype, device)
+    def pack(self, reading: Reading, choice: Choice, wire: Wire, dealing: Any = None) -> Payload:
+        dtype, (own, _) = wide(reading.grad.dtype), reading.others
+        if wire.takes_blocks:  # TOUCHED: where there is no gradient, minus h is the difference
+            return wire.take(reading.grad.to(dtype) - own, choice, reading.status | ops.TOUCHED, dealing, keep=False)
         difference = _gather(reading.grad, choice, None, dtype) - _gather(own, choice, None, dtype)
         spoilt = (reading.status[-1:] & ops.NONFINITE) != 0
-        return wire.pack(torch.where(spoilt, torch.full_like(difference, float("nan")), difference))
+        payload = wire.pack(torch.where(spoilt, torch.full_like(difference, float("nan")), difference))
+        payload.dealing = dealing
+        return payload
 
-    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum) -> None:
-        slots, grad = choice.slots, reading.grad
-        own, mean = (store.flat(slots.layout, wide(grad.dtype), grad.device) for store in (self.own, self.mean))
-        good = _all_finite(total.arrived.values)
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum, rank: int) -> None:
+        slots, grad, (own, mean) = choice.slots, reading.grad, reading.others
         estimate = mean.clone()
         _scatter(total.arrived, total.rows, total.slots, total.to_estimate, estimate, accumulate=True)
+        good = total.arrived.all_finite() & all_finite(estimate)  # a sum of finite values need not be
         changes = Arrived(_zero_unless(good, total.arrived.values), total.arrived.inverses)
         _scatter(changes, total.rows, total.slots, total.to_mean, mean, accumulate=True)
-        mine = _zero_unless(good, wire.unpack(sent, own.dtype))
+        mine = _zero_unless(good, wire.unpack(sent, slots, own.dtype))
         _scatter(Arrived(mine[None]), choice.own[None], slots, torch.ones_like(total.to_mean), own, accumulate=True)
         if total.lost is not None:
-            _add_lost(own, choice, total.lost, good, -1.0)
+            sent.dealing.add_part(total.lost, rank, choice.own, -1.0, _flag(~good), own)
         grad.copy_(torch.where(good, estimate, torch.full_like(estimate, float("nan"))))
 
     def stores(self) -> dict[str, FlatStore]:
@@ -269,7 +297,7 @@ def _accumulated(flat, slots, residual, velocity=None, momentum=0.0, before=None
 
 
 def _gather(source, choice, status, dtype):
-    payload = torch.empty(choice.slots.numel, dtype=dtype, device=source.device)
+    payload = choice.slots.room(dtype, source.device)
     table = choice.slots.table_on(source.device)
     ops.gather_blocks(source, choice.own, table, choice.slots.layout.block_size, status, None, payload)
     return payload
@@ -282,18 +310,13 @@ def _scatter(arrived, rows, slots, factors, out, accumulate=False):
     )
 
 
-def _add_lost(memory, choice, lost, good, sign):
-    """Give what the exchange rounded off to the memory of the rank that answers for that part of the payload."""
-    positions, values = lost
-    payload = torch.zeros(choice.slots.numel + 1, dtype=values.dtype, device=values.device)
-    payload[positions] = _zero_unless(good, values)
-    payload = payload[None, :-1]
-    factors = torch.full((len(choice.slots.counts),), sign, dtype=memory.dtype, device=memory.device)
-    _scatter(Arrived(payload), choice.own[None], choice.slots, factors, memory, accumulate=True)
+def _parameters(choice):
+    return len(choice.slots.layout.names)
 
 
-def _all_finite(values):
-    return torch.isfinite(values).all()
+def _flag(condition):
+    """0-d bool as int32 [1], as operators take it."""
+    return condition.to(torch.int32).reshape(1)
 
 
 def _zero_unless(good, values):

@@ -1,4 +1,4 @@
-"""Which blocks each rank sends: one class a selection, one verb, ``choose``."""
+"""Which blocks each rank sends: one class a selection, one verb, ``choose``; and ``ask`` where it talks first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from thinwire import ops
-from thinwire.core.blocks import Slots
+from thinwire.core.blocks import Slots, United, unite
 
-INT32_BLOCKS = 2**31  # the numbers of so many blocks fit int32
+INT16_BLOCKS, INT32_BLOCKS = 2**16, 2**31  # the numbers of so many blocks fit 16 bits, and int32
 
 
 @dataclass
 class Question:
     """What a selection may know: this rank's step, shapes and, if it ``ranks`` blocks, their squared norms [M].
 
-    all_gather: integers [L] of this rank to [world_size, L] of all, at once.
+    answers: what all ranks asked, [world_size, L], where the selection talks.
     """
 
     slots: Slots
@@ -25,7 +25,7 @@ class Question:
     seed: int
     device: torch.device
     norms: torch.Tensor | None = None
-    all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    answers: torch.Tensor | None = None
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Choice:
     rows: from the indices that arrived (or None) to all ranks' blocks, int64 [R, K], R = 1 where common.
     """
 
-    slots: Slots
+    slots: Slots | United
     own: torch.Tensor
     common: bool
     rows: Callable[[torch.Tensor | None], torch.Tensor]
@@ -47,15 +47,19 @@ class Choice:
 class Selection:
     """Base of every selection.
 
-    ranks: it needs the blocks' norms. common: the blocks are the same on every rank, once they are chosen. talks: it
-    asks the other ranks before it chooses. sends_indices: the numbers of its blocks travel, because no other rank can
-    compute them.
+    ranks: it needs the blocks' norms. common: the blocks are the same on every rank, once they are chosen. talks: the
+    ranks tell each other what they ``ask`` before they choose. sends_indices: the numbers of its blocks travel, because
+    no other rank can compute them.
     """
 
     ranks = False
     common = False
     talks = False
     sends_indices = False
+
+    def ask(self, q: Question) -> torch.Tensor:
+        """What every other rank must hear first: integers [L], as many on every rank."""
+        raise NotImplementedError
 
     def choose(self, q: Question) -> Choice:
         raise NotImplementedError
@@ -71,7 +75,7 @@ class Selection:
         return 0
 
 
-def _common(slots: Slots, blocks: torch.Tensor) -> Choice:
+def _common(slots: Slots | United, blocks: torch.Tensor) -> Choice:
     return Choice(slots, blocks, True, lambda _: blocks[None])
 
 
@@ -81,7 +85,7 @@ class Whole(Selection):
     common = True
 
     def choose(self, q: Question) -> Choice:
-        return _common(q.slots, q.slots.every_block.to(q.device))
+        return _common(q.slots, q.slots.every_block_on(q.device))
 
 
 class Shared(Selection):
@@ -97,17 +101,16 @@ class Independent(Selection):
     """Every rank draws its own blocks, and computes the others' from the same generator (1901.09437, §2)."""
 
     def choose(self, q: Question) -> Choice:
-        streams = range(1, q.world_size + 1)
-        own = _draw(q, [streams[q.rank]], [0])[0]
-        return Choice(q.slots, own, False, lambda _: _draw(q, streams, [0] * q.world_size))
+        n = q.world_size
+        return _drawn(q, range(1, n + 1), [0] * n)
 
 
 class Permuted(Selection):
     """One common permutation, dealt to the ranks in order: disjoint sets up to a density of 1 / world_size."""
 
     def choose(self, q: Question) -> Choice:
-        own = _draw(q, [0], [q.rank])[0]
-        return Choice(q.slots, own, False, lambda _: _draw(q, [0] * q.world_size, range(q.world_size)))
+        n = q.world_size
+        return _drawn(q, [0] * n, range(n))
 
 
 class TopK(Selection):
@@ -123,11 +126,11 @@ class TopK(Selection):
 
     def choose(self, q: Question) -> Choice:
         own = _heaviest(q.norms, q.slots, q.device)
-        sent = _sparse_slots(q.slots).to(q.device)
+        sent = q.slots.plan(("sparse slots", q.device), lambda: _sparse_slots(q.slots).to(q.device))
 
         def rows(indices):
             all_rows = own.repeat(q.world_size, 1)
-            all_rows[:, sent] = indices.to(torch.int64)
+            all_rows[:, sent] = _widened(indices)
             return all_rows
 
         return Choice(q.slots, own, False, rows, own[sent].to(_widest(q.slots)))
@@ -147,24 +150,42 @@ class Nominated(Selection):
     @staticmethod
     def asked_bytes(slots: Slots, step: int, world_size: int) -> int:
         named = int(named_by_rank(slots, step, world_size).sum(1).max())
-        return named * index_dtype(slots.layout.first_blocks[-1]).itemsize
+        return named * _widest(slots).itemsize
+
+    def ask(self, q: Question) -> torch.Tensor:
+        mine = _places(q)
+        named = torch.zeros(_firsts(q).shape[1], dtype=_widest(q.slots), device=q.device)
+        named[: mine.total] = _heaviest(q.norms, mine, q.device)
+        return named
 
     def choose(self, q: Question) -> Choice:
-        layout = q.slots.layout
-        quotas = named_by_rank(q.slots, q.step, q.world_size)
-        mine = layout.slots(tuple(quotas[q.rank].tolist()))
-        first = torch.tensor(layout.first_blocks[:-1], device=q.device).repeat_interleave(quotas[q.rank].to(q.device))
-        dtype = index_dtype(layout.first_blocks[-1])  # they are counted over the whole flat tensor
-        named = torch.full((int(quotas.sum(1).max()),), -1, dtype=dtype, device=q.device)
-        named[: mine.total] = _heaviest(q.norms, mine, q.device) + first
-        assert q.all_gather is not None  # every front door that allows nominated has one
-        union = q.all_gather(named).flatten().to(torch.int64).cpu()
-        whole = _whole_blocks(q.slots)
-        union = torch.unique(torch.cat([union[union >= 0], whole]))
-        bounds = torch.tensor(layout.first_blocks, device="cpu")
-        row = torch.bucketize(union, bounds[1:], right=True)
-        slots = layout.slots(tuple(torch.bincount(row, minlength=len(layout.names)).tolist()))
-        return _common(slots, (union - bounds[row]).to(q.device))
+        assert q.answers is not None  # ``talks`` says so
+        firsts = _firsts(q).roll(q.step % q.world_size, 0)
+        named = torch.where(firsts < 0, firsts, firsts + _widened(q.answers))
+        return _common(*unite(named, q.slots))
+
+
+def _places(q: Question) -> Slots:
+    """How many blocks of each parameter this rank names in this step: what the rank as many places before it, as steps
+    have been, named in the first one."""
+    turn = (q.rank - q.step) % q.world_size
+    named = lambda: tuple(named_by_rank(q.slots, 0, q.world_size)[turn].tolist())
+    return q.slots.plan(("places", turn, q.world_size), lambda: q.slots.layout.slots(named()))
+
+
+def _firsts(q: Question) -> torch.Tensor:
+    """int64 [n, L]: in the first step, for each number that a rank names the first block of the parameter in which it
+    counts; -1 where a rank has no more."""
+
+    def make():
+        quotas = named_by_rank(q.slots, 0, q.world_size)
+        firsts = torch.full((q.world_size, int(quotas.sum(1).max())), -1, device="cpu")
+        for mine, row in zip(quotas, firsts):
+            named = q.slots.layout.firsts.repeat_interleave(mine)
+            row[: len(named)] = named
+        return firsts.to(q.device)
+
+    return q.slots.plan(("firsts", q.world_size, q.device), make)
 
 
 BY_NAME: dict[str, type[Selection]] = {
@@ -173,17 +194,43 @@ BY_NAME: dict[str, type[Selection]] = {
 
 
 def index_dtype(blocks: int) -> torch.dtype:
-    """The dtype in which numbers of that many blocks travel; shapes alone decide, so it is the same on every rank."""
+    """The dtype in which numbers of that many blocks travel; shapes alone decide, so it is the same on every rank.
+
+    int16 holds 16 bits without a sign: see _widened.
+    """
+    if blocks <= INT16_BLOCKS:
+        return torch.int16
     return torch.int32 if blocks <= INT32_BLOCKS else torch.int64
 
 
 def _widest(slots):
     """The dtype of numbers that are counted within each parameter."""
-    return index_dtype(max(slots.layout.blocks, default=0))
+    return slots.layout.plan(("widest",), lambda: index_dtype(max(slots.layout.blocks, default=0)))
 
 
-def _draw(q, streams, deals):
-    chosen = torch.empty(len(streams), q.slots.total, dtype=torch.int64, device=q.device)
+def _widened(numbers):
+    """Numbers as int64."""
+    return numbers.to(torch.int64) & 0xFFFF if numbers.dtype == torch.int16 else numbers.to(torch.int64)
+
+
+def _drawn(q, streams, deals):
+    """This rank's draw now, and the others' when they are asked for."""
+    n, rank = q.world_size, q.rank
+    chosen = torch.empty(n, q.slots.total, dtype=torch.int64, device=q.device)
+    _draw(q, streams[rank : rank + 1], deals[rank : rank + 1], chosen[rank : rank + 1])
+
+    def rows(_):
+        for others in (slice(0, rank), slice(rank + 1, n)):
+            if streams[others]:
+                _draw(q, streams[others], deals[others], chosen[others])
+        return chosen
+
+    return Choice(q.slots, chosen[rank], False, rows)
+
+
+def _draw(q, streams, deals, chosen=None):
+    if chosen is None:
+        chosen = torch.empty(len(streams), q.slots.total, dtype=torch.int64, device=q.device)
     table, units = q.slots.table_on(q.device), q.slots.layout.units_on(q.device)
     ops.draw_blocks(table, units, q.slots.layout.block_size, q.seed, q.step, streams, deals, chosen)
     return chosen
@@ -208,11 +255,4 @@ def _sparse_slots(slots):
     """Positions in the payload of the blocks whose numbers no other rank can compute."""
     spans = zip(slots.first_slots, slots.counts, slots.whole)
     pieces = [torch.arange(first, first + count, device="cpu") for first, count, whole in spans if not whole]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-def _whole_blocks(slots):
-    """All blocks of the parameters that travel whole, counted over the flat tensor."""
-    spans = zip(slots.layout.first_blocks, slots.counts, slots.whole)
-    pieces = [torch.arange(first, first + count, device="cpu") for first, count, whole in spans if whole]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device="cpu")

@@ -13,7 +13,8 @@ class Stats:
     steps: backward passes that were averaged, or rounds; bytes_sent and bytes_received, by the arithmetic of the
     collectives (payloads, without TCP's headers); dense_bytes, what a ring all-reduce of the same gradients would send;
     host seconds: encode_s, from the gradient to the message; exchange_s, from there until the last message is here, so
-    including whatever it overlaps with; decode_s, until the averaged gradient is written. ``add`` from whichever
+    including whatever it overlaps with; decode_s, until the averaged gradient is written; waited_s, for which the
+    backward pass was over and waited for averages (0 where the device alone waits, over NCCL). ``add`` from whichever
     thread; += loses what two add at once.
     """
 
@@ -24,6 +25,7 @@ class Stats:
     encode_s: float = 0.0
     exchange_s: float = 0.0
     decode_s: float = 0.0
+    waited_s: float = 0.0
 
     def count_bytes(self, nbytes: int) -> None:
         """Count a collective in which every rank sends and receives nbytes."""

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.core.channel import Channel
 from thinwire.core.courier import Courier
-from thinwire.core.exchange import gather_objects
+from thinwire.core.exchange import GroupLinks, gather_objects
 from thinwire.core.memory import Pass
 from thinwire.core.stats import Stats
 from thinwire.ddp.hook import HookState
@@ -140,14 +140,15 @@ class ElasticState(LateSteps, HookState):
         group = another(self._group)
         stats = Stats()
         courier = Courier(f"thinwire-{name}", device, lambda error: self._rule.fail(error))
-        return Lane(group, courier, Channel(group, self._reducer, stats), stats)
+        return Lane(group, courier, Channel(GroupLinks(group), self._reducer, stats), stats)
 
     def _exchange(self, bucket, step):
         if self._borrowed:
             raise RuntimeError("a backward pass inside evaluating(): what it changes would be undone at the end")
         if self._rule is None:
             return super()._exchange(bucket, step)
-        names, numels = self._parameters_of(bucket)
+        parameters = bucket.parameters()
+        names, numels = self._parameters_of(bucket, parameters)
         if self._ddp()._join_config.enable:
             raise RuntimeError(
                 "Elastic does not work inside join(): a rank that has run out of data makes no steps, so it would not "
@@ -155,7 +156,7 @@ class ElasticState(LateSteps, HookState):
             )
         if not self._lrs.keys() >= set(names):  # what was frozen at first may be new
             self._lrs = self._learning_rates()
-        were, flat = self._own_share(bucket, may_be_zero=True), bucket.buffer()
+        were, flat = self._own_share(bucket, parameters, may_be_zero=True), bucket.buffer()
         self._note_gradient(flat, step)
         of = Pass(self._steps.number, again=bool(were))
         one = Bucket(flat, names, numels, self._lrs, step, self._density_at(step), of, were)

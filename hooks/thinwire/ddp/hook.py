@@ -1,6 +1,7 @@
 """The front door for DistributedDataParallel: gradients averaged bucket by bucket, inside the backward pass."""
 
 import logging
+import os
 import weakref
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from thinwire.core.channel import Channel
-from thinwire.core.ends import Callback
+from thinwire.core.beside import Beside
+from thinwire.core.ends import keep
 from thinwire.core.exchange import gather_now, gather_objects
 from thinwire.core.memory import Pass
-from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
+from thinwire.core.stats import ring_all_reduce_bytes
+from thinwire.ddp.mount import Occupant, Seat, all_reduced, completed, mount, restore_copied
 from thinwire.ddp.passes import Passes, may_skip
 from thinwire.methods import Method
+from thinwire.replicas.groups import another, destroy
 from thinwire.state import checkpoint
 from thinwire.state.cautions import caution
 from thinwire.state.checks import (
@@ -31,6 +34,8 @@ from thinwire.state.names import parameter_names
 from thinwire.state.steps import check_own
 
 _log = logging.getLogger("thinwire")
+ALONE = os.environ.get("THINWIRE_EXCHANGE_ALONE") == "1"  # one rank goes all the way as well: for tests on one GPU
+BUCKETS_KEPT = 1000  # whose parameters are known by heart; DDP arranges them anew once or twice
 
 
 def attach_hook(ddp, method: Method, optimizer, **options) -> "HookState":
@@ -82,6 +87,8 @@ class HookState(Occupant, GradientHandle):
         self._ignored = tuple(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))  # where DDP looks
         self._names: dict[torch.Tensor, str] | None = None
         self._ddp: weakref.ref[DistributedDataParallel] | None = None  # it owns this, in C++, where cycles stay
+        self._beside: Beside | None = None
+        self._known: dict[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -118,7 +125,7 @@ class HookState(Occupant, GradientHandle):
         except ValueError:  # a state that was waiting for the model does not fit
             self._names = None
             raise
-        self._channel = Channel(self._group, self._reducer, self._stats)
+        keep(self._group)
         self._watch(self._names, self._optimizer)
         if self._group.size() == 1 and self._block_sparse.momentum:
             _log.warning("thinwire: on one rank nothing is averaged and no memory is kept, so there is no momentum "
@@ -132,7 +139,7 @@ class HookState(Occupant, GradientHandle):
             caution(self.method, None, self._group.size())
         if self._passes.begins(bucket, self._end_pass):
             self._begin_pass()
-        if self._group.size() == 1:
+        if self._group.size() == 1 and not ALONE:
             self._note_gradient(bucket.buffer(), self._step)
             future = completed(bucket.buffer())
         else:
@@ -143,13 +150,16 @@ class HookState(Occupant, GradientHandle):
 
     def _begin_pass(self):
         self._agree(self._gather_objects)
-        self._channel.forget()
+        if self._beside is not None:
+            self._beside.begin()
         self._begin_step()
         self._with_data = self._ranks_with_data()
         if self._steps is not None and self._is_own_pass():
             self._steps.begin_pass()
 
     def _end_pass(self):
+        if self._beside is not None:
+            self._beside.end()
         self._step += 1
         self._stats.steps += 1
         if self._steps is not None:
@@ -158,31 +168,44 @@ class HookState(Occupant, GradientHandle):
     def _release(self):
         super()._release()
         self.seat.leave()
+        beside, self._beside = self._beside, None
+        if beside is not None and (group := beside.close()) is not None:
+            destroy(group)
+
+    def _look(self):
+        if self._beside is not None:
+            self._beside.rest()
+        super()._look()
 
     def _in_memory(self):
         names = parameter_names(self.module, self._ignored) if self._names is None else self._names
         return {name: p for p, name in names.items() if not is_lazy(p)}
 
     def _exchange(self, bucket, step):
-        names, numels = self._parameters_of(bucket)
-        were, flat = self._own_share(bucket), bucket.buffer()
+        parameters = bucket.parameters()
+        names, numels = self._parameters_of(bucket, parameters)
+        were, flat = self._own_share(bucket, parameters), bucket.buffer()
         self._note_gradient(flat, step)
-        of = Pass(self._steps.number if self._steps is not None and self._is_own_pass() else None, again=bool(were))
-        if were:
-            self._channel.keep(were)
-        future = self._channel.average(flat, names, numels, step, self._density_at(step), of)
+        n = self._group.size()
         # Here and not in the memory's factors: a control variate goes on being a mean over all ranks.
-        factor = self._group.size() / self._with_data
-        if factor == 1 and not were:
-            return future
-        return future.then(Callback(self._group, lambda done: _finished(done, flat, factor, were)))
+        finish = _finishing(n / self._with_data, were)
+        if self._of_backend and flat.dtype == torch.float32:
+            nbytes = ring_all_reduce_bytes(flat.numel() * flat.element_size(), n)
+            self._stats.count_bytes(nbytes)
+            self._stats.add(dense_bytes=nbytes)
+            return all_reduced(flat, self._group, finish)
+        if self._beside is None:
+            self._beside = Beside(self._group, flat.device, self._reducer, self._stats, another)
+        of = Pass(self._steps.number if self._steps is not None and self._is_own_pass() else None, again=bool(were))
+        encoded = self._beside.channel.encode(flat, names, numels, step, self._density_at(step), of)
+        return self._beside.average(encoded, finish, self._numel)
 
-    def _own_share(self, bucket, may_be_zero=False):
+    def _own_share(self, bucket, parameters, may_be_zero=False):
         """Leave in the bucket what this pass has added to gradients. Returns what was there of earlier passes of the
         same step, as (views of the bucket, tensors to be added again), or nothing."""
         if self._steps is None or not self._is_own_pass():
             return ()
-        found = self._steps.take_in(bucket.parameters(), may_be_zero)
+        found = self._steps.take_in(parameters, may_be_zero)
         if not found:
             return ()
         views = bucket.gradients()
@@ -207,13 +230,15 @@ class HookState(Occupant, GradientHandle):
         hook outside of any, and no step will follow."""
         return torch._C._current_graph_task_id() != -1
 
-    def _parameters_of(self, bucket):
+    def _parameters_of(self, bucket, parameters):
         """Names and numels, in order.
 
         DDP's buckets hold what was trainable when it was made. What was frozen when this was opened, and without a
         module everything, gets its name when a bucket first shows it: in the same order on every rank.
         """
-        parameters = bucket.parameters()
+        key = tuple(map(id, parameters))  # of tensors that _names keeps
+        if key in self._known:
+            return self._known[key]
         new = [p for p in parameters if p not in self._names]
         if new:
             found = self._all_names()
@@ -226,13 +251,17 @@ class HookState(Occupant, GradientHandle):
                 raise RuntimeError("this HookState belongs to another DistributedDataParallel: make one for each "
                                    "model, with the module that it wraps")  # fmt: skip
             self._know({p: found[p] for p in new})
-        return tuple(self._names[p] for p in parameters), tuple(p.numel() for p in parameters)
+        if len(self._known) >= BUCKETS_KEPT:
+            self._known.clear()
+        self._known[key] = tuple(self._names[p] for p in parameters), tuple(p.numel() for p in parameters)
+        return self._known[key]
 
     def _know(self, names):
         """These parameters are DDP's too."""
         new = {p: name for p, name in names.items() if p not in self._names}
         self._names |= new
         self._numels |= {name: p.numel() for p, name in new.items()}
+        self._numel = sum(self._numels.values())
         if self._steps is not None:
             for p, name in new.items():
                 self._steps.watch(p, name)
@@ -258,14 +287,18 @@ class HookState(Occupant, GradientHandle):
         return gather_objects(thing, self._group)
 
 
-def _finished(done, flat, factor, were):
+def _finishing(factor, were):
     """What is left to do with an average: see HookState._exchange."""
-    done.value()  # raises if it failed
-    if factor != 1:
-        flat *= factor
-    if were:
-        torch._foreach_add_(*were)
-    return flat
+    if factor == 1 and not were:
+        return None
+
+    def finish(flat):
+        if factor != 1:
+            flat *= factor
+        if were:
+            torch._foreach_add_(*were)
+
+    return finish
 
 
 def _names_in(shards):

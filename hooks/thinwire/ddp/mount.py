@@ -2,6 +2,7 @@
 """DDP takes one hook, once, and keeps its state for good: a seat, which one can leave and another take."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -69,10 +70,7 @@ class Seat:
         """The body of the hook."""
         if self.occupant is not None:
             return self.occupant.reduce(bucket)
-        group = dist.group.WORLD if self._group is None else self._group
-        flat = bucket.buffer().mul_(1 / group.size())  # not div_: DDP multiplies, which gives other bits
-        future = dist.all_reduce(flat, group=group, async_op=True).get_future()
-        return future.then(Callback(group, lambda future: _done(future, flat)))
+        return all_reduced(bucket.buffer(), dist.group.WORLD if self._group is None else self._group)
 
     def leave(self) -> None:
         """The occupant has ended."""
@@ -127,6 +125,19 @@ def completed(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
     return future
 
 
-def _done(future, flat):
-    future.value()  # raises if the collective failed; what it holds differs between backends
-    return flat
+def all_reduced(flat: torch.Tensor, group: dist.ProcessGroup,
+                finish: Callable[[torch.Tensor], None] | None = None
+                ) -> torch.futures.Future[torch.Tensor]:  # fmt: skip
+    """Average flat [N] as DDP does it without a hook, by the backend's all-reduce. finish: to be done with it then."""
+    if not flat.numel():  # of nothing, nothing is sent
+        return completed(flat)
+    flat.mul_(1 / group.size())  # not div_: DDP multiplies, which gives other bits
+    future = dist.all_reduce(flat, group=group, async_op=True).get_future()
+
+    def done(future):
+        future.value()  # raises if the collective failed; what it holds differs between backends
+        if finish is not None:
+            finish(flat)
+        return flat
+
+    return future.then(Callback(group, done))

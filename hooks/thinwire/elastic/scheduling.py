@@ -6,6 +6,7 @@ the buckets' futures. Averages are computed by couriers, in the same order on ev
 
 import math
 import threading
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -14,7 +15,6 @@ import torch.distributed as dist
 
 from thinwire.core.channel import Channel
 from thinwire.core.courier import Courier
-from thinwire.core.ends import Callback
 from thinwire.core.exchange import gather_now
 from thinwire.core.memory import Pass
 from thinwire.core.stats import Stats
@@ -46,7 +46,8 @@ class Bucket:
         self.averaged = threading.Event()
         self.norms = torch.stack(torch._foreach_norm(list(flat.split(numels)), 2, torch.float64))
         self.late: Late | None = None
-        self._ready: torch.futures.Future[BaseException | None] = torch.futures.Future()
+        self._error: BaseException | None = None
+        self._ready: torch.futures.Future[None] = torch.futures.Future()
         self.future = self._ready.then(self._result)
 
     def leave_copy(self) -> Late:
@@ -65,12 +66,13 @@ class Bucket:
 
     def fail(self, error: BaseException) -> None:
         if not self._ready.done():
-            self._ready.set_result(error)
+            self._error = error
+            self._ready.set_result(None)
 
     def _result(self, ready):
-        error = ready.value()
-        if error is not None:
-            raise RuntimeError(f"thinwire: an exchange in the background failed: {error!r}") from error
+        ready.value()
+        if self._error is not None:
+            raise RuntimeError(f"thinwire: an exchange in the background failed: {self._error!r}") from self._error
         return self.flat
 
 
@@ -120,23 +122,11 @@ class Rule:
             bucket.fail(error)
 
     def _average(self, lane, bucket, flat, done):
-        """Start averaging flat in a courier's job; ``done`` is called when that is over."""
-        lane.channel.forget()
-        future = lane.channel.average(flat, bucket.names, bucket.numels, bucket.step, bucket.density,
-                                      bucket.of)  # fmt: skip
-        if flat.is_cuda:  # where a future is done before the device is
-            future.wait()
+        """Average flat in a courier's job; ``done`` is called when that is over."""
+        lane.channel.average(flat, bucket.names, bucket.numels, bucket.step, bucket.density, bucket.of)
+        if flat.is_cuda:
             torch.cuda.current_stream().synchronize()
-            return done()
-
-        def finish(future):
-            try:
-                future.value()
-                done()
-            except BaseException as error:
-                lane.courier.fail(error)
-
-        future.then(Callback(lane.group, finish))
+        done()
 
     def _leave(self, lates):
         """These are on their way."""
@@ -193,7 +183,8 @@ class Agreed(Rule):
         late = [bucket for bucket in buckets if bucket.late is not None]
         self._leave([bucket.late for bucket in late])
         self._count(len(late))
-        self.now.courier.do(lambda: self._settle(step, buckets))
+        ended = time.perf_counter()
+        self.now.courier.do(lambda: self._settle(step, buckets, ended))
         for bucket in late:
             self.later.courier.do(lambda bucket=bucket: self._send(bucket))
 
@@ -205,7 +196,7 @@ class Agreed(Rule):
         self._wait_for_memory(bucket)
         self._average(self.later, bucket, bucket.late.flat, bucket.late.land)
 
-    def _settle(self, step, buckets):
+    def _settle(self, step, buckets, ended):
         norms = self._add_up([bucket.norms for bucket in buckets])
         finite = all(map(math.isfinite, (norm for some in norms for norm in some)))
         waited = heaviest([math.fsum(some) for some in norms], self.method.beta)
@@ -234,6 +225,7 @@ class Agreed(Rule):
                 if bucket.late is not None and not all(map(math.isfinite, some)):
                     bucket.flat.fill_(math.nan)
         self.buckets.clear()
+        self.now.stats.add(waited_s=time.perf_counter() - ended)
         _finish(buckets)
 
     def _add_up(self, norms):
@@ -256,6 +248,7 @@ class Arrival(Rule):
         (self.lane,) = self.lanes
         self._lock = threading.RLock()
         self._ending: int | None = None
+        self._ended = 0.0
 
     def take(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
@@ -266,7 +259,7 @@ class Arrival(Rule):
     def end(self, step: int) -> None:
         with self._lock:
             self._norms = [math.fsum(bucket.norms.tolist()) for bucket in self.buckets]
-            self._ending = step
+            self._ending, self._ended = step, time.perf_counter()
             self._try_to_settle()
 
     def _send(self, bucket):
@@ -298,6 +291,7 @@ class Arrival(Rule):
             self.ledger.deliver(landed, bucket, self.factor(bucket.lrs))
         self._count(len(absent))
         buckets, self.buckets = self.buckets, []
+        self.lane.stats.add(waited_s=time.perf_counter() - self._ended)
         _finish(buckets)
 
     def _enough(self):

@@ -4,25 +4,28 @@ Horovod adds up, element by element, whatever the compressor gives it, so every 
 ranks choose different blocks that all can compute (independent, permuted) they send the slots of the union. Nominated
 needs the ranks to talk before they know their blocks, which must not happen inside ``compress``: Horovod may call it
 in another order on another rank. It sends one element there, and does its own exchange, of all parameters at once, in
-the first ``decompress`` of the step. Elastic does so with any selection: see ``elastic.py``.
+the first ``decompress`` of the step. Elastic does so with any selection: see ``elastic.py``. What is summed by its
+owners and not by Horovod, in int8, int4 and int2, can only travel there: so those work with nominated.
 """
 import json
 import logging
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from thinwire.core.channel import Channel
 from thinwire.core.memory import Pass
 from thinwire.core.reducer import Encoded
 from thinwire.core.selection import BY_NAME
-from thinwire.core.stats import ring_all_reduce_bytes
+from thinwire.core.stats import Stats, ring_all_reduce_bytes
 from thinwire.core.wire import Arrived, SummableFloat, SummableHalf
+from thinwire.horovod.links import HorovodLinks
 from thinwire.horovod.stock import hvd, require
-from thinwire.methods import Method
+from thinwire.methods import Dense, Method
 from thinwire.state.cautions import caution
 from thinwire.state.checks import check_gradient, check_momentum, check_optimizer_type
 from thinwire.state.gradients import GradientHandle
@@ -50,8 +53,9 @@ class GradientCompressor(GradientHandle):
 
     Both op=Average and op=Sum work, with the meaning that they have without a compressor. Horovod adds in the wire
     dtype: with float16, values are divided by the number of ranks beforehand and saturate at 32768 (error feedback
-    keeps the rest; a warning says so otherwise), and what the additions round off is lost. bfloat16 gradients, which
-    Horovod itself refuses, travel in the wire dtype.
+    keeps the rest; a warning says so otherwise), and what the additions round off is lost. With "int8", "int4" and
+    "int2", which work with nominated, sums are in float32 and in rank order as with DDP, and nothing is lost. bfloat16
+    gradients, which Horovod itself refuses, travel in the wire dtype.
 
     Raises TypeError or ValueError for what cannot work, ImportError without Horovod.
     """
@@ -73,6 +77,7 @@ class GradientCompressor(GradientHandle):
                 f"{type(runs).__name__}(wire_dtype=torch.bfloat16): Horovod cannot all-reduce bfloat16; use "
                 "torch.float16 or torch.float32"
             )
+        self._check_sums(runs, selection)
         check_optimizer_type(optimizer)
         check_momentum(runs, optimizer)
         self._sees_steps = optimizer is not None
@@ -86,11 +91,37 @@ class GradientCompressor(GradientHandle):
         self._warned = False
         if self._set.included():
             n = self._set.size()
-            wire = SummableHalf(n) if self._block_sparse.wire_dtype == torch.float16 else SummableFloat(n)
-            self._start({name: p.numel() for name, p in self._parameters}, self._set.rank(), n, wire)
+            self._start({name: p.numel() for name, p in self._parameters}, self._set.rank(), n, self._wire(n))
             caution(runs, optimizer, n)
 
     _may_be_zero = False
+
+    def _check_sums(self, runs, selection):
+        """Raise ValueError for what Horovod cannot add up, where it is Horovod that has to."""
+        wire_dtype = self._block_sparse.wire_dtype
+        if isinstance(wire_dtype, str) and not self._sums_itself(selection):
+            raise ValueError(
+                f"{type(runs).__name__}(wire_dtype={wire_dtype!r}) with Horovod: Horovod adds up what the ranks send, "
+                f"and {wire_dtype} has a scale for each block, so sums of its numbers mean nothing. "
+                "BlockSparse(selection='nominated'), without Elastic, makes an exchange of its own and works with "
+                f"{wire_dtype}; else use torch.float16 or torch.float32"
+            )
+        if isinstance(runs, Dense) and runs.exact:
+            raise ValueError(
+                "Dense(exact=True) with Horovod: Horovod adds up in an order of its own; leave exact out, or use "
+                "thinwire.attach with DistributedDataParallel"
+            )
+
+    def _sums_itself(self, selection):
+        """Whether the exchange is ours."""
+        return selection.talks
+
+    def _wire(self, n):
+        """None where it is the method's own."""
+        wire_dtype = self._block_sparse.wire_dtype
+        if isinstance(wire_dtype, str):
+            return None
+        return SummableHalf(n) if wire_dtype == torch.float16 else SummableFloat(n)
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _InFlight | None]:
         """The gradient of one of the named parameters as what Horovod is to add up; called by Horovod."""
@@ -175,7 +206,12 @@ class GradientCompressor(GradientHandle):
             names = tuple(one.name for one in group)
             numels = tuple(one.grad.numel() for one in group)
             again = any(one.was is not None for one in group)
-            encoded, values, over = self._encode(flat, names, numels, self._passes[names[0]] - 1, again)
+            step = self._passes[names[0]] - 1
+            if isinstance(self._block_sparse.wire_dtype, str):
+                self._carry(flat, names, numels, step, again, self._set.size() / ones_added)
+                self._averaged.update(zip(names, flat.split(numels), strict=True))
+                continue
+            encoded, values, over = self._encode(flat, names, numels, step, again)
             sending = time.perf_counter()
             total = hvd.allreduce(values, op=hvd.Sum, name="thinwire.payload", process_set=self._set)
             arriving = time.perf_counter()
@@ -184,6 +220,15 @@ class GradientCompressor(GradientHandle):
             self._stats.encode_s += sending - begin
             self._stats.exchange_s += arriving - sending
             self._stats.decode_s += time.perf_counter() - arriving
+
+    def _carry(self, flat, names, numels, step, again, divide_by):
+        """Average flat [N] over its owners."""
+        stats = Stats()
+        channel = Channel(HorovodLinks(self._set), self._reducer, stats)
+        of = Pass(None if self._steps is None else self._steps.number, again)
+        channel.carry([channel.encode(flat, names, numels, step, self._density_at(step), of)], divide_by)
+        stats.dense_bytes = 0  # compress has counted them
+        self._stats.add(**{name: amount for name, amount in asdict(stats).items() if amount})
 
     def _take_deferred(self):
         """The gradients of this step, in lists of one dtype and device each, by name: the same on every rank."""

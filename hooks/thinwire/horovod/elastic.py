@@ -86,6 +86,10 @@ class ElasticCompressor(LateSteps, GradientCompressor):
         self._under_way: list[_Sent] = []
         self._counts = {"buckets": 0, "late_buckets": 0}
 
+    def _sums_itself(self, selection):
+        """Never: what is late is left under way in an all-reduce of Horovod's."""
+        return False
+
     # ---- what a user calls ----
 
     def stats(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from thinwire.methods.block_sparse import BlockSparse, Dense
 
-WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIRE_DTYPES: tuple = (torch.float32, torch.bfloat16, torch.float16, "int8", "int4", "int2")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Method:
     def describe(self) -> dict[str, str]:
         """Field names and values as strings: what must be equal on every rank, and what a checkpoint records."""
         return {"method": type(self).__name__} | {f.name: str(getattr(self, f.name)) for f in fields(self)}
+
+    @property
+    def of_backend(self) -> bool:
+        """Whether the backend's own all-reduce does what this asks for."""
+        return False
 
     def as_block_sparse(self) -> "BlockSparse":
         """The method as the reducer runs it. Raises TypeError where a reducer alone cannot run it."""
@@ -38,9 +43,19 @@ def check_one_of(method: Method, name: str, allowed: Iterable) -> None:
 
 
 def check_wire_dtype(method: "BlockSparse | Dense") -> None:
-    if method.wire_dtype not in WIRE_DTYPES:
+    dtype = method.wire_dtype
+    if not isinstance(dtype, (str, torch.dtype)) or dtype not in WIRE_DTYPES:
+        name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"{given(method, 'wire_dtype')}: wire_dtype must be one of {', '.join(map(str, WIRE_DTYPES))}"
+            f"{given(method, 'wire_dtype')}: wire_dtype must be one of "
+            + ", ".join(str(one) if isinstance(one, torch.dtype) else repr(one) for one in WIRE_DTYPES)
+            + (f"; did you mean {name!r}?" if name in WIRE_DTYPES else "")
+        )
+    if isinstance(dtype, str) and method.memory == "none":
+        raise ValueError(
+            f"{type(method).__name__}(wire_dtype={dtype!r}, memory='none'): what {dtype} rounds off would be lost in "
+            f"every step, so it needs a memory that keeps it: memory='error_feedback'"
+            + (" or 'control_variate'" if getattr(method, "unbiased", False) else "")
         )
 
 

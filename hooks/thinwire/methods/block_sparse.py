@@ -42,8 +42,11 @@ class BlockSparse(Method):
         the residual and clears u in the blocks that were sent (Deep Gradient Compression's momentum correction and
         factor masking). The optimizer's own momentum must then be 0. Parameters that travel whole keep their u, so
         at density 1 this is ordinary momentum SGD.
-    wire_dtype: dtype of values on the network: float32, bfloat16 or float16. Sums are in float32. float16 values
-        travel with a power-of-two scale, so none overflows. With error feedback the rounding error is kept.
+    wire_dtype: dtype of values on the network: torch.float32, bfloat16 or float16, or "int8", "int4" or "int2". Sums
+        are in float32. float16 values travel with a power-of-two scale, so none overflows. Of int8, int4 and int2 each
+        block has a scale of its own (bfloat16: its largest magnitude / 127, 7 or 1, rounded up), values are rounded to
+        the nearest level, and sums come back in as many bits, in 4 with "int2"; they need a memory, and small blocks
+        (16). With a memory the rounding error is kept.
     warmup_steps: dense steps before anything is left out. ramp_steps: steps after those over which density falls
         geometrically from 1.
     dense_below: parameters with fewer elements always travel whole. The default, 256, is four default blocks: below
@@ -64,7 +67,7 @@ class BlockSparse(Method):
     block_size: int = 64
     memory: str | None = None
     momentum: float = 0.0
-    wire_dtype: torch.dtype = torch.float32
+    wire_dtype: torch.dtype | str = torch.float32
     warmup_steps: int = 0
     ramp_steps: int = 0
     dense_below: int = 256
@@ -142,7 +145,6 @@ class BlockSparse(Method):
             counts.append(count)
         return tuple(counts)
 
-
     def _check_automatic(self):
         for name in ("min_density", "max_density"):
             check_number(self, name, "a number in (0, 1]", lambda x: 0 < x <= 1)
@@ -171,19 +173,37 @@ class BlockSparse(Method):
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Average whole gradients: the baseline, with sums in float32 and in rank order whatever the wire dtype.
+    """Average whole gradients: the baseline.
 
-    wire_dtype: float32, bfloat16 or float16.
+    wire_dtype: torch.float32, bfloat16 or float16, or "int8", "int4" or "int2", as of BlockSparse, in blocks of 16: in
+        larger ones most values of a block are small beside its largest, and wait in the memory for many steps.
+    memory: ``none``, or ``error_feedback``: what the wire rounds off is added to the next gradient. int8, int4 and int2
+        need it.
+    exact: sums in float32 (float64 of float64) and in rank order, whatever the backend, as every other method has them.
+        By default float32 gradients on a float32 wire, without a memory, are averaged by the backend's own all-reduce,
+        as DDP does it without a hook. On any other wire, of any other gradients, and of what Elastic may have arrive
+        late, sums are exact.
+
+    Raises TypeError or ValueError for a wrong value or a combination that cannot be right.
     """
 
-    wire_dtype: torch.dtype = torch.float32
+    wire_dtype: torch.dtype | str = torch.float32
+    memory: str = "none"
+    exact: bool = False
 
     def __post_init__(self):
+        check_one_of(self, "memory", ("none", "error_feedback"))
         check_wire_dtype(self)
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"Dense(exact={self.exact!r}): exact must be True or False")
+
+    @property
+    def of_backend(self) -> bool:
+        return not self.exact and self.memory == "none" and self.wire_dtype == torch.float32
 
     def as_block_sparse(self) -> "BlockSparse":
-        """The same method as the reducer sees it: every block of every rank, no memory."""
-        return BlockSparse(selection="shared", density=1.0, memory="none", wire_dtype=self.wire_dtype)
+        """The same method as the reducer sees it: every block of every rank."""
+        return BlockSparse("shared", density=1.0, block_size=16, memory=self.memory, wire_dtype=self.wire_dtype)
 
 
 def block_sparse(method: Method) -> BlockSparse:

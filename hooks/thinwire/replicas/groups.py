@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from thinwire.core.ends import keep, let_go
+from thinwire.core.ends import is_there, keep, let_go
 from thinwire.core.exchange import gather_objects
 from thinwire.methods.schedules import Group, Partition
 from thinwire.state import agree
@@ -105,8 +105,10 @@ def another(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def destroy(group: dist.ProcessGroup) -> None:
-    """Destroy a group that was made here; its threads end when nothing in Python holds it any more."""
-    dist.destroy_process_group(group)
+    """Destroy a group that was made here, unless all have been; its threads end when nothing in Python holds it any
+    more."""
+    if is_there(group):
+        dist.destroy_process_group(group)
     let_go(group)
 
 

@@ -135,7 +135,7 @@ def _check_method(shard, method):
             f"{method!r} nothing would: load it with Elastic(..., beta below 1), or call finalize() before saving"
         )
     for field in ("method", "memory", "momentum"):
-        if ours.get(field) != theirs.get(field):
+        if ours.get(field) != theirs.get(field, ours.get(field)):  # Dense had no memory once
             raise ValueError(
                 f"load_state_dict: the state was saved with {field}={theirs.get(field)} and this method has "
                 f"{field}={ours.get(field)}; its tensors mean nothing to it"

@@ -4,6 +4,7 @@ import torch
 
 from thinwire.core import selection
 from thinwire.core.blocks import Layout
+from thinwire.core.levels import wire_of
 from thinwire.core.stats import ring_all_reduce_bytes
 from thinwire.methods import DivideAndShuffle, Elastic, Method, block_sparse
 from thinwire.methods.base import check_count
@@ -16,9 +17,10 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
     step: None is after the ramp. For nominated it is the most, but for a few indices where there are several buckets:
     ranks that name the same block send it once. Under Horovod independent and permuted send the union of all ranks'
     blocks in a ring, which is more. Returns bytes_sent, dense_bytes and compression, as ``stats()`` counts them. A
-    block's number takes 4 bytes, and 8 where a bucket (nominated) or a parameter (topk) has more than 2^31 blocks, of
-    which the model is taken for one bucket.
+    block's number takes 2 bytes, and 4 or 8 where a parameter of the same bucket has more than 2^16 or 2^31 blocks; the
+    model is taken for one bucket.
     With density="auto" it is that of max_density; Elastic sends what its method sends, but for a few bytes of norms.
+    Of int8, int4 and int2 a block's scale is counted, and padding where ranks own unequal numbers of blocks.
     Raises TypeError for DivideAndShuffle, whose bytes depend on the round, and TypeError or ValueError for what is no
     model, no number of ranks or no step.
     """
@@ -32,22 +34,41 @@ def estimate(method: Method, model: torch.nn.Module, world_size: int, step: int 
             "there is no estimate for DivideAndShuffle: a round in a group of s ranks sends 2 (s - 1) / s times what "
             "is averaged"
         )
+    of_backend = method.of_backend if isinstance(method, Method) else False
     method = block_sparse(method.method if isinstance(method, Elastic) else method)
     step = method.warmup_steps + method.ramp_steps if step is None else step
     names = tuple(parameter_names(model).values())
     parameters = list(parameter_names(model))
     numels = tuple(p.numel() for p in parameters)
     slots = Layout(names, numels, method.block_size).slots(method.counts_at(step, world_size, numels))
-    peers, width = world_size - 1, method.wire_dtype.itemsize
-    narrow = [p.element_size() if method.memory == "none" else width for p in parameters]
-    sizes = [end - begin for begin, end in zip(slots.offsets, slots.offsets[1:])]
-    widths = [min(width, n) for n in narrow]
-    values = sum(size * w for size, w in zip(sizes, widths))
-    owned = sum(-(-size // world_size) * w for size, w in zip(sizes, widths))
+    peers = world_size - 1
     chosen = selection.Whole if all(slots.whole) else selection.BY_NAME[method.selection]
-    if chosen.common:
-        sent = 2 * peers * owned + peers * chosen.asked_bytes(slots, step, world_size)
-    else:
-        sent = peers * (values + chosen.index_bytes(slots))
     dense = ring_all_reduce_bytes(sum(p.numel() * p.element_size() for p in parameters), world_size)
+    wires = _wires(method, parameters)
+    plain = [p for p in parameters if of_backend and p.dtype == torch.float32]
+    if plain:
+        wires = [(wire, mine) for wire, mine in wires if parameters[mine[0]].dtype != torch.float32]
+    if chosen.common:
+        rows = sum(sum(wire.row_bytes(_only(slots, mine), world_size)) for wire, mine in wires)
+        sent = peers * (rows + chosen.asked_bytes(slots, step, world_size))
+        sent += ring_all_reduce_bytes(sum(4 * p.numel() for p in plain), world_size)
+    else:
+        values = sum(wire.message_bytes(_only(slots, mine), 0) for wire, mine in wires)
+        sent = peers * (values + chosen.index_bytes(slots))
     return {"bytes_sent": sent, "dense_bytes": dense, "compression": dense / sent if sent else 1.0}
+
+
+def _wires(method, parameters):
+    """The wires that gradients of these parameters travel on, each with the numbers of its parameters."""
+    wire = wire_of(method.wire_dtype)
+    if method.memory != "none":
+        return [(wire, list(range(len(parameters))))]
+    dtypes = sorted({p.dtype for p in parameters}, key=str)
+    return [(wire.narrowed_to(dtype), [i for i, p in enumerate(parameters) if p.dtype == dtype]) for dtype in dtypes]
+
+
+def _only(slots, mine):
+    """The part of a payload that is of some parameters."""
+    layout = slots.layout
+    names, numels = tuple(layout.names[i] for i in mine), tuple(layout.numels[i] for i in mine)
+    return Layout(names, numels, layout.block_size).slots(tuple(slots.counts[i] for i in mine))

@@ -25,7 +25,8 @@ class GradientHandle(Handle):
 
     def __init__(self, method: Method, grad_scaler: Any = None, consistency_every: int = 0, log: Any = None,
                  runs: Method | None = None):  # fmt: skip
-        self._block_sparse = block_sparse(method if runs is None else runs)
+        runs = method if runs is None else runs
+        self._block_sparse, self._of_backend = block_sparse(runs), runs.of_backend
         super().__init__(method, consistency_every or EVERY_IF_AUTO * self._block_sparse.automatic, log)
         check_grad_scaler(grad_scaler)
         self._grad_scaler = grad_scaler
@@ -46,7 +47,7 @@ class GradientHandle(Handle):
 
     def stats(self) -> dict[str, float]:
         """Totals of this rank: steps, bytes_sent, bytes_received, dense_bytes, compression, encode_s, exchange_s,
-        decode_s, and density where it is "auto". See :class:`thinwire.core.stats.Stats`."""
+        decode_s, waited_s, and density where it is "auto". See :class:`thinwire.core.stats.Stats`."""
         return self._stats.as_dict() | ({} if self._controller is None else {"density": self._density_at(self._step)})
 
     def consistency(self) -> dict:
@@ -154,6 +155,7 @@ class GradientHandle(Handle):
     def _start(self, numels: dict[str, int], rank: int, world_size: int, wire: Wire | None = None) -> None:
         """Make the reducer, for a model whose parameters have these sizes."""
         self._numels = numels
+        self._numel = sum(numels.values())
         self._world_size = world_size
         self._reducer = Reducer(self._block_sparse, rank, world_size, wire)
         if self._waiting_state is not None:
@@ -170,7 +172,8 @@ class GradientHandle(Handle):
 
     def _watch(self, named: Mapping[torch.Tensor, str], optimizer: torch.optim.Optimizer | None) -> None:
         """Find out which backward passes belong to a step, where that makes a difference: see thinwire.state.steps."""
-        if self._world_size > 1 and not isinstance(self.method, Dense):
+        sums = isinstance(self.method, Dense) and self.method.memory == "none"  # then what is added is averaged, as is
+        if self._world_size > 1 and not sums:
             weak = weakref.ref(self)
             self._steps = Steps(named, optimizer, _calling(weak, "_drop"), _calling(weak, "_keep"))
 
@@ -197,6 +200,7 @@ class GradientHandle(Handle):
 
     def _begin_step(self) -> None:
         """What is to be done before a step, on every rank."""
+        self._reducer.begin()
         self._follow_scale()
         if self._every and self._step and self._step % self._every == 0 and self._world_size > 1:
             self._take_in(self.consistency())

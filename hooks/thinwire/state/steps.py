@@ -99,7 +99,8 @@ class Steps:
 
     def look(self) -> None:
         """Find out what has become of the open passes: those whose gradients have been cleared are dropped."""
-        before = {p: may_be_zero for p, may_be_zero in self._open.items() if p not in self._in_pass}
+        in_pass = self._in_pass if torch._C._current_graph_task_id() != -1 else ()  # outside of one, it has broken off
+        before = {p: may_be_zero for p, may_be_zero in self._open.items() if p not in in_pass}
         cleared = _cleared(before)
         owned = _owned_by(self._optimizer) if cleared else set()
         self._forget(cleared & owned, self._drop)
