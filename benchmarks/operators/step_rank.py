@@ -31,8 +31,8 @@ class Contestant:
     def __init__(self, name: str):
         torch.manual_seed(0)
         self.model = task.ByteTransformer()
-        # One bucket: with two in flight, PowerSGD's hook hangs on Gloo.
-        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=1000)
+        # DDP's own buckets; PowerSGD's hook hangs on Gloo with two in flight, so it has one.
+        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=1000 if name == "powersgd" else None)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         self.handle = None
         if name in OURS:

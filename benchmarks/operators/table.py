@@ -76,7 +76,7 @@ def operator_rows(kept):
     """The last three columns are speeds too: the operator's, divided by another's."""
     found = [figures["operator"] for figures in kept["figures"].values() if "operator" in figures]
     return [(one["name"], one["device"], _size(one["megabytes"]), f"{one['gb_per_second']:.3g}",
-             f"{one['of_copy']:.2f}", f"{one['over_reference']:.3g}",
+             f"{one['of_copy']:.2f}", _times(one["over_reference"]),
              f"{one['over_torch']:.3g}, {one['torch_operator']}") for one in found]  # fmt: skip
 
 
@@ -100,6 +100,11 @@ def keep(kept):
 
 def _size(megabytes):
     return f"{megabytes} MB" if megabytes < 1000 else f"{megabytes // 1000} GB"
+
+
+def _times(value):
+    """How many times, where that was measured."""
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _amount(value, unit):

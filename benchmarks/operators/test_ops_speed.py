@@ -11,7 +11,7 @@ import torch
 from thinwire import ops
 from thinwire.core.blocks import Layout
 
-from operators.timing import MEGABYTES, OPERATORS, Problem, contestants, device_name, fastest_of_each, why_not
+from operators.timing import MEGABYTES, OPERATORS, Problem, fastest_of_each, in_words, measure, why_not
 
 NUMEL = 6_500_000
 pytestmark = pytest.mark.skipif(not ops.native("cpu"), reason=f"no compiled operators: {ops.why_not_native()}")
@@ -30,27 +30,10 @@ EVERY_SIZE = [pytest.param(device, megabytes, id=f"{device}-{size_name(megabytes
 def test_operator(benchmark, name, device, megabytes):
     if reason := why_not(device, megabytes):
         pytest.skip(reason)
-    contest, functions = contestants(name, Problem(megabytes, device))
-
-    def ours_to_its_end():
-        functions["ours"]()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(ours_to_its_end, rounds=5)
-    *quick, reference = functions.values()
-    turns = min(50, max(2, 100 // megabytes))  # of the reference, which takes 1 s to 2 s at 256 MB on a CPU
-    seconds = dict(zip(functions, fastest_of_each(quick, [reference], turns, 0.8, device)))
-    ours = seconds["ours"]
-    found = {
-        "name": name, "device": device, "on": device_name(device), "torch": torch.__version__,
-        "megabytes": megabytes, "bytes": contest.bytes, "torch_operator": contest.torch_name, "seconds": seconds,
-        "gb_per_second": contest.bytes / ours / 1e9, "of_copy": seconds["copy"] / ours,
-        "over_reference": seconds["reference"] / ours, "over_torch": seconds["torch"] / ours,
-    }  # fmt: skip
+    benchmark.pedantic(lambda: None)  # the timing is our own
+    found = measure(name, Problem(megabytes, device))
     benchmark.extra_info["operator"] = found
-    print("\n{name}, {megabytes} MB {device}: {gb_per_second:.3g} GB/s, {of_copy:.2f} of a copy, {over_reference:.3g} "
-          "times the reference, {over_torch:.3g} times {torch_operator}".format(**found))  # fmt: skip
+    print(f"\n{in_words(found)}")
 
 
 def report(benchmark, what, against, seconds, target):

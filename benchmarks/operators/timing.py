@@ -25,6 +25,8 @@ from thinwire.ops import reference
 
 MEGABYTES = {"cpu": (1, 26, 256), "cuda": (1, 16, 256, 4000)}  # of the gradient
 BLOCK, SHARE, RANKS = 64, 8, 4
+BITS = 4  # of the operators on coded blocks
+LARGEST_FOR_REFERENCE = {"cpu": 256, "cuda": 256}  # MB: beyond, a call of it takes many seconds
 NEEDED = 10  # memory for a contest, in gradients: the reference makes several temporaries of a gradient's size
 WARM_UP = 3
 
@@ -33,6 +35,7 @@ class Problem:
     """Tensors of one size on one device, made when first asked for."""
 
     def __init__(self, megabytes, device):
+        self.megabytes = megabytes
         blocks = megabytes * 10**6 // (4 * BLOCK)
         counts = (blocks - blocks // 4, blocks // 4 - 16, 16)
         self.layout = Layout(("weight", "other", "bias"), tuple(BLOCK * count for count in counts), BLOCK)
@@ -64,6 +67,32 @@ class Problem:
         chosen = torch.empty(RANKS, self.sent, dtype=torch.int64, device=self.device)
         ops.draw_blocks(self.table, self.units, BLOCK, 1, 2, range(RANKS), [0] * RANKS, chosen)
         return chosen
+
+    @cached_property
+    def coded(self):
+        """What each rank sends in few bits, as bytes."""
+        return torch.randint(256, (RANKS, self.sent * (2 + ops.code_bytes(BLOCK, BITS))), dtype=torch.uint8,
+                             device=self.device)  # fmt: skip
+
+    @cached_property
+    def codes(self):
+        """The codes of one rank as torch can hold them, a byte each, and their scales."""
+        codes = torch.randint(-7, 8, (self.sent, BLOCK), dtype=torch.int8, device=self.device)
+        return codes, torch.rand(self.sent, 1, device=self.device)
+
+    @cached_property
+    def places(self):
+        """Of the slots with their owners, and the slots of an owner."""
+        row_slots = sum(-(-count // RANKS) for count in self.slots.counts)
+        places, turns = torch.empty_like(self.chosen[0]), torch.zeros(len(self.slots.counts), dtype=torch.int64)
+        ops.place_slots(self.table, BLOCK, turns.to(self.device), RANKS, row_slots, places)
+        return places, row_slots
+
+    @cached_property
+    def shares(self):
+        """Where each parameter's share begins in an owner's row, and the row's length."""
+        shares = torch.tensor([0, *(-(-BLOCK * count // RANKS) for count in self.slots.counts)])
+        return shares.cumsum(0)[:-1].to(self.device), int(shares.sum())
 
     @cached_property
     def rows(self):
@@ -149,8 +178,85 @@ def settle_(p):
                    (8 + 4 * BLOCK) * p.sent)  # fmt: skip
 
 
+def quantise_blocks_(p):
+    """Reads the numbers and the chosen blocks, writes codes and what they leave of the blocks."""
+    source, rows, coded = p.memory.view(-1, BLOCK), p.rows[0], torch.empty_like(p.coded[:1])
+
+    def torch_call():
+        blocks = torch.index_select(source, 0, rows)
+        scale = blocks.abs().amax(1, keepdim=True) / 7
+        codes = (blocks / scale).round().to(torch.int8)
+        source.index_copy_(0, rows, blocks - codes * scale)
+
+    return Contest((p.memory, p.chosen[0], p.table, BLOCK, p.status, None, BITS, True, coded),
+                   "index_select, amax, div, index_copy_", torch_call,
+                   (8 + 8 * BLOCK) * p.sent + coded.numel())  # fmt: skip
+
+
+def unquantise_blocks(p):
+    """Reads codes, writes a payload."""
+    payload, (codes, scales) = torch.empty_like(p.payloads[:1]), p.codes
+    return Contest((p.coded[:1], BITS, None, p.table, BLOCK, payload),
+                   "torch.mul of int8", lambda: torch.mul(codes, scales, out=payload.view(-1, BLOCK)),
+                   p.coded[0].numel() + 4 * payload.numel())  # fmt: skip
+
+
+def add_quantised(p):
+    """Reads every rank's codes, writes their sum."""
+    total, (codes, scales) = torch.empty_like(p.payloads[0]), p.codes
+    codes, scales = codes.expand(RANKS, -1, -1), scales.expand(RANKS, -1, -1)
+    return Contest((p.coded, BITS, BLOCK, total),
+                   "mul of int8 and sum", lambda: torch.sum(codes * scales, 0),
+                   p.coded.numel() + 4 * total.numel())  # fmt: skip
+
+
+def add_rows_(p):
+    """One owner of four: reads numbers, places and its values, changes its blocks."""
+    places, row_slots = p.places
+    values, mine = p.payloads[0][: row_slots * BLOCK], p.rows[0][::RANKS]
+    out, some = p.memory.view(-1, BLOCK), p.payloads[0].view(-1, BLOCK)[: p.rows[0][::RANKS].numel()]
+    good = torch.zeros(1, dtype=torch.int32, device=p.device)
+    return Contest((values, places, 0, p.chosen[0], p.table, BLOCK, -1.0, good, p.memory),
+                   "index_add_", lambda: out.index_add_(0, mine, some, alpha=-1.0),
+                   16 * p.sent + 12 * BLOCK * row_slots)  # fmt: skip
+
+
+def deal_elements(p):
+    """Reads a payload, writes its owners' rows."""
+    begins, part = p.shares
+    rows, source = torch.empty(RANKS, part, device=p.device), p.payloads[0]
+    return Contest((source, p.table, BLOCK, begins, rows),
+                   "copy_", lambda: rows.view(-1)[: source.numel()].copy_(source), 4 * (source.numel() + rows.numel()))
+
+
+def undeal_elements(p):
+    """Reads the owners' rows, writes a payload."""
+    begins, part = p.shares
+    rows, to = torch.ones(RANKS, part, device=p.device), torch.empty_like(p.payloads[0])
+    return Contest((rows, p.table, BLOCK, begins, to),
+                   "copy_", lambda: to.copy_(rows.view(-1)[: to.numel()]), 8 * to.numel())  # fmt: skip
+
+
+def unite_blocks(p):
+    """Reads what four ranks name, a quarter of the blocks sent each, writes the union's numbers."""
+    named = p.rows[:, ::RANKS].to(torch.int32).contiguous()
+    united, chosen = torch.empty_like(p.table), torch.empty(named.numel(), dtype=torch.int64, device=p.device)
+    return Contest((named, p.table, BLOCK, chosen, united),
+                   "torch.unique", lambda: torch.unique(named), 4 * named.numel() + 8 * chosen.numel())  # fmt: skip
+
+
+def place_slots(p):
+    """Writes a number a slot."""
+    places, turns = torch.empty_like(p.chosen[0]), torch.zeros(len(p.slots.counts), dtype=torch.int64, device=p.device)
+    slot = torch.arange(p.sent, device=p.device)
+    return Contest((p.table, BLOCK, turns, RANKS, p.places[1], places),
+                   "arange % ranks", lambda: slot % RANKS * p.places[1] + slot // RANKS, 8 * p.sent)  # fmt: skip
+
+
 OPERATORS = {contest.__name__: contest for contest in (
     accumulate_, examine, draw_blocks, select_blocks, gather_blocks, take_blocks_, scatter_blocks_, settle_,
+    quantise_blocks_, unquantise_blocks, add_quantised, add_rows_, deal_elements, undeal_elements, unite_blocks,
+    place_slots,
 )}  # fmt: skip
 
 
@@ -174,6 +280,32 @@ def contestants(name: str, problem: Problem) -> tuple[Contest, dict[str, Callabl
         "ours": lambda: ours(*contest.arguments), "torch": contest.torch_call,
         "copy": lambda: target.copy_(source), "reference": lambda: plain(*contest.arguments),
     }  # fmt: skip
+
+
+def measure(name: str, problem: Problem, seconds: float = 0.8) -> dict:
+    """An operator's speed and those of the others, in so many seconds of each after a warm-up, as a table wants it."""
+    contest, functions = contestants(name, problem)
+    device, megabytes = problem.device.type, problem.megabytes
+    slow = [functions.pop("reference")]
+    if megabytes > LARGEST_FOR_REFERENCE[device]:
+        slow = []
+    turns = min(50, max(2, 100 // megabytes))  # of the reference, which takes 1 s to 2 s at 256 MB on a CPU
+    best = fastest_of_each(list(functions.values()), slow, turns, seconds, device)
+    took = dict(zip([*functions, "reference"], best))
+    ours = took["ours"]
+    return {
+        "name": name, "device": device, "on": device_name(device), "torch": torch.__version__,
+        "megabytes": megabytes, "bytes": contest.bytes, "torch_operator": contest.torch_name, "seconds": took,
+        "gb_per_second": contest.bytes / ours / 1e9, "of_copy": took["copy"] / ours,
+        "over_reference": took["reference"] / ours if slow else None, "over_torch": took["torch"] / ours,
+    }  # fmt: skip
+
+
+def in_words(found: dict) -> str:
+    """What :func:`measure` found, in a line."""
+    reference = "" if found["over_reference"] is None else f", {found['over_reference']:.3g} times the reference"
+    return ("{name}, {megabytes} MB {device}: {gb_per_second:.3g} GB/s, {of_copy:.2f} of a copy, {over_torch:.3g} "
+            "times {torch_operator}".format(**found) + reference)  # fmt: skip
 
 
 def fastest_of_each(functions, slow=(), turns=5, seconds=2.0, device="cpu"):

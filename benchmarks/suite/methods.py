@@ -75,11 +75,10 @@ def _ours(label, family, method, **also):
 
 
 def _sparse(label, family, selection, density=None, **fields):
-    """Heaviest blocks in one bucket, where they are cheapest; random ones in DDP's own."""
     chosen = selection in ("topk", "nominated")
     method = BlockSparse(selection, density=density, **({"block_size": 16, "warmup_steps": 2} if chosen else {}))
     method = dataclasses.replace(method, **fields)
-    return _ours(label, family, method, bucket_cap_mb=ONE_BUCKET if chosen else None, momentum=bool(method.momentum))
+    return _ours(label, family, method, momentum=bool(method.momentum))
 
 
 def _percent(density):
@@ -97,6 +96,7 @@ CONTESTANTS = {
        for half in (False, True) for rank in (1, 2, 4)},
     "thinwire-dense": _ours("Dense()", "", Dense()),
     "thinwire-bf16": _ours("Dense(), bf16", "", Dense(wire_dtype=torch.bfloat16)),
+    "thinwire-int4": _ours("Dense, int4", "", Dense(wire_dtype="int4", memory="error_feedback")),
     "independent-50": _sparse("independent 50 %", "independent", "independent", 0.5),
     "independent": _sparse("BlockSparse(), 1/n", "independent", "independent"),
     "independent-bf16": _sparse("BlockSparse(), 1/n, bf16", "", "independent", wire_dtype=torch.bfloat16),
@@ -113,7 +113,8 @@ CONTESTANTS = {
     **{f"nominated-{100 * d:g}-{name}": _sparse(f"nominated {_percent(d)}, {name}", f"nominated, {name}", "nominated",
                                                 d, wire_dtype=dtype)
        for d, name, dtype in ((0.01, "bf16", torch.bfloat16), (0.04, "bf16", torch.bfloat16),
-                              (0.16, "bf16", torch.bfloat16), (0.04, "fp16", torch.float16))},
+                              (0.16, "bf16", torch.bfloat16), (0.04, "fp16", torch.float16),
+                              (0.04, "int4", "int4"), (0.16, "int4", "int4"))},
     **{f"nominated-{100 * d:g}-momentum": _sparse(f"nominated {_percent(d)}, momentum", "nominated, momentum",
                                                   "nominated", d, momentum=0.9) for d in (0.01, 0.04)},
     "ds-sync": _ours("DS-Sync, groups of 2", "", DivideAndShuffle(group_size=2), least_ranks=4),

@@ -60,12 +60,12 @@ def kind_of(method: str) -> Kind | None:
         return Kind(all_reduce)
     if method == "ds-sync":  # groups of 2
         return Kind(lambda elements, n, algorithm: all_reduce(elements, 2, algorithm))
-    name = re.sub("-(bf16|fp16|momentum|sega)$", "", method)  # which change constants, not the law
+    name = re.sub("-(bf16|fp16|int4|momentum|sega)$", "", method)  # which change constants, not the law
     if re.fullmatch(r"powersgd-\d+", name):
         # Left factors, right factors, and what stays whole, which is little.
         return Kind(lambda elements, n, algorithm: 2 * all_reduce(elements, n, algorithm) + all_reduce(0, n, algorithm))
-    if name == "thinwire-dense" or method == "thinwire-bf16":
-        return _ours(Dense())
+    if name in ("thinwire-dense", "thinwire"):
+        return _ours(Dense(exact=True))  # which is what has been measured
     found = re.fullmatch(r"(independent|permuted|shared|topk|nominated)(?:-([\d.]+))?", name)
     if found is None:
         return None

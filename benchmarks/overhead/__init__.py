@@ -1,0 +1,1 @@
+"""What a hook costs where the network costs nothing."""

@@ -1,0 +1,1 @@
+"""The loss against the wire: what few bits a value do to training."""
