@@ -1,17 +1,15 @@
 """What runs beside the backward pass: averages that hooks have begun, in waves, and the futures that DDP waits for."""
 
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from thinwire.core.carrier import Carrier
 from thinwire.core.channel import Channel
-from thinwire.core.courier import Courier
-from thinwire.core.ends import is_there, keep
-from thinwire.core.exchange import GroupLinks, gather_objects
+from thinwire.core.exchange import GroupLinks
 from thinwire.core.reducer import Encoded, Reducer
 from thinwire.core.stats import Stats
 
@@ -84,58 +82,6 @@ class Waves:
         return ends
 
 
-class Carrier:
-    """A thread, and a group that it alone uses, for all that is averaged over one process group.
-
-    Gloo tells collectives apart by the order in which they are started, so no other thread may use the group; and each
-    group has threads of its own, so there is one for however many models.
-    """
-
-    _of: dict[tuple[dist.ProcessGroup, torch.device], "Carrier"] = {}
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        keep(group)
-        self.group = group
-        self._users: weakref.WeakSet[Beside] = weakref.WeakSet()
-        weak = weakref.ref(self)
-        self.courier = Courier("thinwire", device, lambda error: _fail(weak, error))
-
-    @classmethod
-    def over(cls, group: dist.ProcessGroup, device: torch.device,
-             make_group: Callable[[dist.ProcessGroup], dist.ProcessGroup]) -> "Carrier":  # fmt: skip
-        """The one over this group: call it on every rank. make_group: for its own."""
-        for other in [key for key in cls._of if not is_there(key[0])]:
-            del cls._of[other]
-        there = cls._of.get((group, device))
-        usable = there is not None and there.courier.error is None and is_there(there.group)
-        everywhere = all(gather_objects(usable, group))  # it has not failed on some rank, say
-        if there is None or not everywhere:
-            there = cls._of[group, device] = Carrier(make_group(group), device)
-        return there
-
-    def enter(self, user: "Beside") -> None:
-        self._users.add(user)
-
-    def leave(self, user: "Beside") -> dist.ProcessGroup | None:
-        """Returns the group where nobody uses it any more; then the thread ends."""
-        self._users.discard(user)
-        if self._users:
-            return None
-        self.courier.close()
-        for key in [key for key, one in self._of.items() if one is self]:
-            del self._of[key]
-        return self.group
-
-    def fail(self, error: BaseException) -> None:
-        for user in list(self._users):
-            user.fail(error)
-
-
-def _fail(weak, error):
-    if (carrier := weak()) is not None:
-        carrier.fail(error)
-
-
 class Beside:
     """Averages flat gradients beside the backward pass: all that a step has given since the last wave go together.
 
@@ -178,7 +124,7 @@ class Beside:
 
     def rest(self) -> None:
         """Wait for what is under way: only a pass that broke off leaves something."""
-        if self._travelling and self._carrier is not None:
+        if self._travelling and self._carrier is not None and self._carrier.courier.error is None:
             self._carrier.courier.wait()
 
     def close(self) -> dist.ProcessGroup | None:
