@@ -13,9 +13,9 @@ TORCH   ?= 2.6.0
 demo: $(VENV)/.thinwire $(VENV)/.iproute2
 	$(PY) benchmarks/demo/run.py
 
-# More workers than the two cores of a small machine, because many tests wait; a file's tests stay with one worker.
+# Two workers, because some tests wait for processes and others compute; a file's tests stay with one worker.
 test: lint $(VENV)/.horovod $(VENV)/.iproute2
-	$(PY) -m pytest tests -n 3 --dist loadfile -m "not full"
+	$(PY) -m pytest tests -n 2 --dist loadfile -m "not full"
 
 test-full: lint $(VENV)/.horovod $(VENV)/.iproute2
 	$(PY) -m pytest tests -n 2 --dist loadfile
