@@ -1,15 +1,14 @@
 // Checks of arguments; every message repeats what was passed and what is allowed.
 #pragma once
 // Not ATen/ATen.h, which declares every operator that there is and takes longer to read than all else.
-#include <ATen/core/Formatting.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <optional>
-#include <sstream>
 #include <vector>
 
 #include "block_ops.h"
+#include "message.h"
 
 namespace thinwire {
 
@@ -37,21 +36,19 @@ inline void check(const at::Tensor& tensor, const char* name, const Dtypes& dtyp
                         tensor.stride(0) >= tensor.size(1));
     if (fits && dtype_fits && dense) return;
 
-    std::ostringstream allowed;
-    for (size_t i = 0; i < dtypes.size(); ++i) allowed << (i ? " or " : "") << dtypes[i];
-    allowed << " [";
+    std::string allowed;
+    for (size_t i = 0; i < dtypes.size(); ++i) allowed += (i ? " or " : "") + in_words(dtypes[i]);
+    allowed += " [";
     for (size_t i = 0; i < sizes.size(); ++i) {
-        allowed << (i ? ", " : "");
-        if (sizes[i] == ANY) allowed << "any";
-        else allowed << sizes[i];
+        allowed += (i ? ", " : "") + (sizes[i] == ANY ? std::string("any") : in_words(sizes[i]));
     }
-    allowed << "], " << (rows_only ? "contiguous rows" : "contiguous") << ", on " << device;
-    TORCH_CHECK(false, "thinwire: ", name, " is ", tensor.scalar_type(), " ", tensor.sizes(), " with strides ",
-                tensor.strides(), " on ", tensor.device(), "; allowed is ", allowed.str());
+    allowed += rows_only ? "], contiguous rows" : "], contiguous";
+    THINWIRE_CHECK(false, name, " is ", tensor.scalar_type(), " ", tensor.sizes(), " with strides ", tensor.strides(),
+                   " on ", tensor.device(), "; allowed is ", allowed, ", on ", device);
 }
 
 inline void check_block_size(int64_t block_size) {
-    TORCH_CHECK(block_size >= 1, "thinwire: block_size is ", block_size, "; allowed is 1 or more");
+    THINWIRE_CHECK(block_size >= 1, "block_size is ", block_size, "; allowed is 1 or more");
 }
 
 inline void check_table(const at::Tensor& table, int64_t block_size, at::Device device) {

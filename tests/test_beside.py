@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import thinwire
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from models import SMALL_BUCKET_MB, attach, data, equal_on_all_ranks, flat, label, mlp, sgd, step, watched, wrap
 from thinwire import BlockSparse, Dense, HookState
 from thinwire.core.beside import Waves
+from thinwire.core.channel import Channel
 from thinwire.core.exchange import GroupLinks
+from thinwire.core.stats import Stats
 
 THREAD = "thinwire"  # of couriers
 
@@ -465,6 +468,7 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, wor
 torch.set_num_threads(1)
 for method in tests.EVERY:
     tests.goes_all_the_way(method)
+tests.asks_at_odd_places()
 dist.destroy_process_group()
 """
 
@@ -491,6 +495,31 @@ def goes_all_the_way(method):
     assert stats["bytes_sent"] == 0 and stats["steps"] == 3 and stats["decode_s"] > 0, name
     assert "residual" not in memory or any(bool(one.any()) for one in kept) or method.wire_dtype == torch.float32, name
     handle.close()
+
+
+class Asks:
+    """Asks only: what each of several flats has to ask, and what it was answered."""
+
+    def __init__(self):
+        self.answered = []
+
+    def take_in(self, flat, *_):
+        return SimpleNamespace(asked=flat, choice=SimpleNamespace(slots=SimpleNamespace(numel=0)))
+
+    def pack(self, encoded, answers, to_owners):
+        self.answered.append((encoded.asked, answers))
+
+
+def asks_at_odd_places():
+    """Integers of several widths travel as bytes, one after another: not all begin where their width allows a view."""
+    reducer = Asks()
+    channel = Channel(GroupLinks(dist.group.WORLD), reducer, Stats())
+    dtypes = (torch.int16, torch.int32, torch.int16, torch.int64, torch.uint8, torch.int32)
+    flats = [torch.arange(3 + i % 2, dtype=dtype) + 9 for i, dtype in enumerate(dtypes)]
+    channel.carry([channel.encode(one, (), (), 0) for one in flats])
+    assert len(reducer.answered) == len(flats)
+    for asked, answers in reducer.answered:
+        assert answers.dtype == asked.dtype and answers.tolist() == [asked.tolist()]
 
 
 def test_one_rank_goes_all_the_way_where_it_is_told_to(tmp_path):

@@ -5,10 +5,12 @@ Every tensor lies between guards, at addresses that allow packs or not, and what
 
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import test_wire_ops
 import torch
 import torch.utils.cpp_extension
 from hypothesis import HealthCheck, given, settings
@@ -26,9 +28,10 @@ KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 GUARD = 64  # elements around every tensor
 NO_SLOT = ops.NO_SLOT
 # What the kernels are compiled with: no fused multiply-add; addresses, shifts and bounds that C++ does not define are
-# reported on stderr.
+# reported on stderr. With libstdc++ within the library, as some compilers link it: messages must be whole there too.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
-         "-U_FORTIFY_SOURCE", "-fsanitize=alignment,bounds,shift"]  # fmt: skip
+         "-U_FORTIFY_SOURCE", "-fsanitize=alignment,bounds,null,shift"]  # fmt: skip
+OWN_LIBSTDCXX = ["-static-libstdc++"] if sys.platform == "linux" else []
 
 pytestmark = pytest.mark.skipif(bool(unavailable("cpu")), reason=str(unavailable("cpu")))
 
@@ -51,7 +54,8 @@ def emulated(tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile, sources))
     libraries = [f"-L{path}" for path in torch.utils.cpp_extension.library_paths()]
-    run([compiler(), "-shared", "-o", folder / "kernels.so", *objects, *FLAGS, *libraries, "-lc10", "-ltorch_cpu"])
+    run([compiler(), "-shared", "-o", folder / "kernels.so", *objects, *FLAGS, *libraries, "-lc10", "-ltorch_cpu",
+         *OWN_LIBSTDCXX])  # fmt: skip
     torch.ops.load_library(folder / "kernels.so")
 
 
@@ -75,6 +79,8 @@ class Guarded:
         self.place = tensor.shape, tensor.stride(), GUARD + shift
         self.buffer = torch.full((size,), 0xA5, dtype=torch.uint8).view(tensor.dtype)
         self.tensor = self.buffer.as_strided(*self.place).copy_(tensor)
+        if not tensor.numel():  # its address is null, as a GPU's is: in the middle of the buffer it could be read
+            self.tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         self.before = self._around()
 
     def _around(self):
@@ -106,6 +112,42 @@ def both(name, *args, shift=0, compare=True):
     for position, (a, b) in enumerate(zip(got, want, strict=True)):
         assert not isinstance(b, torch.Tensor) or same(a, b), f"{name}: argument {position} differs"
     return want
+
+
+OF_A_GPU = {"quantise", "unquantise", "add_quantised", "add_rows", "deal_and_undeal", "unite", "place", "empty"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted(OF_A_GPU))
+def test_what_a_gpu_is_given(name, monkeypatch):
+    """The very cases that test_wire_ops.py has for a GPU: lists longer than they must be, and tables without a row."""
+    monkeypatch.setattr(test_wire_ops, "both", lambda _, *args: both(*args))
+    getattr(test_wire_ops.TestEqualsReference(), f"test_{name}")(device="cuda")
+
+
+def test_lists_of_slots_beside_a_table_without_a_row():
+    """A launch's K counts entries of chosen or places, and no row of the table may be looked into for them."""
+    slots = Layout((), (), 16).slots(())
+    table, nothing, fine = slots.table, torch.empty(0), torch.ones(1, dtype=torch.int32)
+    chosen, floats = torch.tensor([0, NO_SLOT]), torch.full((33,), 7.0)
+    rows = torch.full((2, 30), 77, dtype=torch.uint8)
+    calls = {
+        "gather_blocks": (floats, chosen, table, 16, fine, None, floats),
+        "take_blocks_": (floats, chosen, table, 16, fine, None, floats),
+        "scatter_blocks_": (floats[None], None, chosen[None], table, 16, nothing, True, floats),
+        "settle_": (floats, floats, floats, 0.9, floats, None, chosen, table, 16, fine, fine),
+        "unquantise_blocks": (rows, 4, chosen, table, 16, floats[None]),
+        "add_rows_": (floats[:32], chosen, 0, chosen, table, 16, 1.0, fine - 1, floats),
+        "draw_blocks": (table, chosen[:0], 16, 1, 2, [0], [0], chosen[None]),
+        "select_blocks": (floats, table, 16, chosen),
+    }
+    for name, args in calls.items():
+        for before, after in zip(args, emulate(name, *args), strict=True):
+            assert not isinstance(before, torch.Tensor) or same(after, before), name
+    *_, rows = emulate("quantise_blocks_", floats, chosen, table, 16, fine, chosen, 4, True, rows)
+    assert not rows.any()
+    status = emulate("accumulate_", floats[:32], None, floats[:32], 0.9, table, 16, floats[:2], fine)[-1]
+    assert status.tolist() == [0]
 
 
 SHIFTS = st.sampled_from([0, 0, 1, 2, 4])
@@ -444,6 +486,12 @@ def test_sizes_are_checked():
         emulate("accumulate_", flat, None, flat, 0.0, table, 16, torch.zeros(9), status)
     with pytest.raises(RuntimeError, match="bits is 3; allowed is 8, 4 or 2"):
         emulate("add_quantised", torch.zeros(1, 20, dtype=torch.uint8), 3, 16, flat)
+    with pytest.raises(RuntimeError, match="places has 1 elements; allowed are 2 or more, as chosen has"):
+        emulate("quantise_blocks_", flat, chosen, table, 16, None, chosen[:1], 4, True,
+                torch.zeros(1, 20, dtype=torch.uint8))  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"grad is Int \[2, 20\] with strides \[20, 1\] on cpu; allowed is Float or "
+                       r"Double or BFloat16 or Half \[40\], contiguous, on cpu"):  # fmt: skip
+        emulate("accumulate_", flat, None, flat.int().view(2, 20), 0.0, table, 16, torch.zeros(3), status)
     with pytest.raises(RuntimeError, match="slots of 2 [+] 8 bytes"):
         emulate("add_quantised", torch.zeros(1, 19, dtype=torch.uint8), 4, 16, flat)
     with pytest.raises(RuntimeError, match="a row has 1 slots and chosen 2"):

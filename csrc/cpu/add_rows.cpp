@@ -18,8 +18,8 @@ void add_rows_(const at::Tensor& values, const at::Tensor& places, int64_t first
     const Totals totals = check_cpu_table(table, block_size);
     check(out, "out", WIDE, {totals.elements}, at::kCPU);
     check(values, "values", {out.scalar_type()}, {ANY}, at::kCPU);
-    TORCH_CHECK(values.numel() % block_size == 0, "thinwire: values is ", values.sizes(),
-                "; allowed are blocks of block_size ", block_size);
+    THINWIRE_CHECK(values.numel() % block_size == 0, "values is ", values.sizes(),
+                   "; allowed are blocks of block_size ", block_size);
     const int64_t owned = values.numel() / block_size;
     const int64_t* lie_at = check_list(places, "places", totals.slots);
     const int64_t* blocks = check_chosen_list(chosen, table, block_size, totals.slots);

@@ -43,12 +43,12 @@ inline Totals check_cpu_table(const at::Tensor& table, int64_t block_size) {
     Totals totals;
     for (int64_t s = 0; s < table.size(0); ++s) {
         const Segment segment(rows, s, block_size);
-        TORCH_CHECK(segment.start == totals.elements && segment.first_block == totals.blocks &&
-                        segment.first_slot == totals.slots && segment.offset == totals.payload &&
-                        segment.numel >= 0 && segment.slots >= 0 && segment.slots <= segment.blocks,
-                    "thinwire: row ", s, " of table is ", table[s], " for block_size ", block_size,
-                    "; expected start ", totals.elements, ", first block ", totals.blocks, ", slots from 0 to ",
-                    segment.blocks, ", first slot ", totals.slots, ", offset ", totals.payload);
+        THINWIRE_CHECK(segment.start == totals.elements && segment.first_block == totals.blocks &&
+                           segment.first_slot == totals.slots && segment.offset == totals.payload &&
+                           segment.numel >= 0 && segment.slots >= 0 && segment.slots <= segment.blocks,
+                       "row ", s, " of table is ", at::IntArrayRef(rows + s * COLUMNS, COLUMNS),
+                       " for block_size ", block_size, "; expected start ", totals.elements, ", first block ", totals.blocks, ", slots from 0 to ",
+                       segment.blocks, ", first slot ", totals.slots, ", offset ", totals.payload);
         totals.elements += segment.numel;
         totals.blocks += segment.blocks;
         totals.slots += segment.slots;
@@ -64,8 +64,8 @@ inline int64_t check_cpu_starts(const at::Tensor& table) {
     int64_t elements = 0;
     for (int64_t s = 0; s < table.size(0); ++s) {
         const Segment segment(rows, s, 1);
-        TORCH_CHECK(segment.start == elements && segment.numel >= 0, "thinwire: row ", s, " of table is ", table[s],
-                    "; expected start ", elements);
+        THINWIRE_CHECK(segment.start == elements && segment.numel >= 0, "row ", s, " of table is ",
+                       at::IntArrayRef(rows + s * COLUMNS, COLUMNS), "; expected start ", elements);
         elements += segment.numel;
     }
     return elements;
@@ -79,8 +79,8 @@ inline void check_chosen(const int64_t* chosen, const at::Tensor& table, int64_t
         int64_t last = -1;
         for (int64_t j = 0; j < segment.slots; ++j) {
             const int64_t block = chosen[segment.first_slot + j];
-            TORCH_CHECK(block > last && block < segment.blocks, "thinwire: chosen has block ", block, " after ", last,
-                        " in parameter ", s, "; allowed are ascending numbers below ", segment.blocks);
+            THINWIRE_CHECK(block > last && block < segment.blocks, "chosen has block ", block, " after ", last,
+                           " in parameter ", s, "; allowed are ascending numbers below ", segment.blocks);
             last = block;
         }
     }

@@ -20,22 +20,22 @@ std::vector<Dealt> check_dealt(const at::Tensor& table, int64_t block_size, cons
     check(rows, "rows", {payload.scalar_type()}, {ANY, ANY}, at::kCPU, true);
     check(begins, "begins", LONG, {table.size(0)}, at::kCPU);
     const int64_t ranks = rows.size(0), part = rows.size(1);
-    TORCH_CHECK(ranks >= 1, "thinwire: rows is ", rows.sizes(), "; allowed is one row or more");
+    THINWIRE_CHECK(ranks >= 1, "rows is ", rows.sizes(), "; allowed is one row or more");
     std::vector<Dealt> all;
     for (int64_t s = 0; s < table.size(0); ++s) {
         const Segment segment(table.const_data_ptr<int64_t>(), s, block_size);
         const int64_t size = segment.payload(), share = (size + ranks - 1) / ranks;
         const int64_t begin = begins.const_data_ptr<int64_t>()[s];
-        TORCH_CHECK(begin >= 0 && begin <= part - share, "thinwire: begins has ", begin, " for parameter ", s,
-                    ", whose shares are of ", share, " elements; allowed is from 0 to ", part - share,
-                    ", for rows are ", rows.sizes());
+        THINWIRE_CHECK(begin >= 0 && begin <= part - share, "begins has ", begin, " for parameter ", s,
+                       ", whose shares are of ", share, " elements; allowed is from 0 to ", part - share,
+                       ", for rows are ", rows.sizes());
         if (size > 0) all.push_back({begin, share, size, segment.offset});
     }
     std::sort(all.begin(), all.end(), [](const Dealt& a, const Dealt& b) { return a.begin < b.begin; });
     for (size_t i = 1; i < all.size(); ++i) {
-        TORCH_CHECK(all[i - 1].begin + all[i - 1].share <= all[i].begin, "thinwire: begins has ", all[i - 1].begin,
-                    " for shares of ", all[i - 1].share, " elements, and ", all[i].begin,
-                    "; allowed are shares that lie apart");
+        THINWIRE_CHECK(all[i - 1].begin + all[i - 1].share <= all[i].begin, "begins has ", all[i - 1].begin,
+                       " for shares of ", all[i - 1].share, " elements, and ", all[i].begin,
+                       "; allowed are shares that lie apart");
     }
     return all;
 }

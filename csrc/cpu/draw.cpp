@@ -90,8 +90,8 @@ void draw_blocks(const at::Tensor& table, const at::Tensor& units, int64_t block
                  at::IntArrayRef streams, at::IntArrayRef deals, const at::Tensor& chosen) {
     const Totals totals = check_cpu_table(table, block_size);
     const int64_t segments = table.size(0), rows = streams.size();
-    TORCH_CHECK(streams.size() == deals.size(), "thinwire: there are ", streams.size(), " streams ", streams, " and ",
-                deals.size(), " deals ", deals, "; allowed is one of each for every row");
+    THINWIRE_CHECK(streams.size() == deals.size(), "there are ", streams.size(), " streams ", streams, " and ",
+                   deals.size(), " deals ", deals, "; allowed is one of each for every row");
     check(units, "units", LONG, {segments}, at::kCPU);
     check(chosen, "chosen", LONG, {rows, totals.slots}, at::kCPU);
     const int64_t* row = table.const_data_ptr<int64_t>();

@@ -56,7 +56,12 @@ THINWIRE_HOT void round_loop(Wide* values, int64_t count, uint16_t scale_bits, W
     }
 }
 
-// The codes' bits, a byte each.
+// The codes' bits, a byte each. Some GCCs warn that sums may be uninitialized, for a batch of no blocks as it seems:
+// quantise_loop has written every one that it counts, and reads none of no blocks.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 template <typename Wide>
 THINWIRE_HOT void byte_loop(const Wide* sums, int64_t count, uint8_t* codes) {
     for (int64_t i = 0; i < count; ++i) {
@@ -65,6 +70,9 @@ THINWIRE_HOT void byte_loop(const Wide* sums, int64_t count, uint8_t* codes) {
         codes[i] = static_cast<uint8_t>(bits);
     }
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 template <int BITS>
 THINWIRE_HOT void pack_loop(const uint8_t* codes, int64_t count, uint8_t* to) {

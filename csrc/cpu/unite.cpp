@@ -19,8 +19,8 @@ std::vector<uint8_t> mark_blocks(const at::Tensor& named, const at::Tensor& tabl
     }
     const Number* numbers = named.const_data_ptr<Number>();
     for (int64_t i = 0; i < named.numel(); ++i) {
-        TORCH_CHECK(numbers[i] >= -1 && numbers[i] < blocks, "thinwire: named has block ", numbers[i],
-                    "; allowed are -1 and numbers below ", blocks);
+        THINWIRE_CHECK(numbers[i] >= -1 && numbers[i] < blocks, "named has block ", numbers[i],
+                       "; allowed are -1 and numbers below ", blocks);
         if (numbers[i] >= 0) marks[numbers[i]] = 1;
     }
     return marks;
@@ -36,8 +36,8 @@ void unite_blocks(const at::Tensor& named, const at::Tensor& table, int64_t bloc
         named.scalar_type() == at::kInt ? mark_blocks<int32_t>(named, table, block_size, totals.blocks)
                                         : mark_blocks<int64_t>(named, table, block_size, totals.blocks);
     const int64_t union_size = std::accumulate(marks.begin(), marks.end(), int64_t{0});
-    TORCH_CHECK(chosen.numel() >= union_size, "thinwire: chosen is ", chosen.sizes(), "; allowed is [", union_size,
-                "] or more, the union's size");
+    THINWIRE_CHECK(chosen.numel() >= union_size, "chosen is ", chosen.sizes(), "; allowed is [", union_size,
+                   "] or more, the union's size");
     int64_t* out = chosen.mutable_data_ptr<int64_t>();
     int64_t* rows = united.mutable_data_ptr<int64_t>();
     std::copy_n(table.const_data_ptr<int64_t>(), table.numel(), rows);
@@ -63,16 +63,16 @@ void place_slots(const at::Tensor& table, int64_t block_size, const at::Tensor& 
                  int64_t row_slots, const at::Tensor& places) {
     const Totals totals = check_cpu_table(table, block_size);
     check(turns, "turns", LONG, {table.size(0)}, at::kCPU);
-    TORCH_CHECK(ranks >= 1, "thinwire: ranks is ", ranks, "; allowed is 1 or more");
+    THINWIRE_CHECK(ranks >= 1, "ranks is ", ranks, "; allowed is 1 or more");
     check(places, "places", LONG, {ANY}, at::kCPU);
-    TORCH_CHECK(places.numel() >= totals.slots, "thinwire: places is ", places.sizes(), "; allowed is [",
-                totals.slots, "] or more");
+    THINWIRE_CHECK(places.numel() >= totals.slots, "places is ", places.sizes(), "; allowed is [",
+                   totals.slots, "] or more");
     const int64_t* turn = turns.const_data_ptr<int64_t>();
     int64_t* out = places.mutable_data_ptr<int64_t>();
     std::vector<int64_t> next(ranks);  // of each owner's row
     for (int64_t s = 0; s < table.size(0); ++s) {
-        TORCH_CHECK(turn[s] >= 0 && turn[s] < ranks, "thinwire: turns has ", turn[s], " for parameter ", s,
-                    "; allowed is from 0 to below ", ranks);
+        THINWIRE_CHECK(turn[s] >= 0 && turn[s] < ranks, "turns has ", turn[s], " for parameter ", s,
+                       "; allowed is from 0 to below ", ranks);
         const Segment segment(table.const_data_ptr<int64_t>(), s, block_size);
         int64_t owner = turn[s];
         for (int64_t j = 0; j < segment.slots; ++j) {
@@ -81,8 +81,8 @@ void place_slots(const at::Tensor& table, int64_t block_size, const at::Tensor& 
         }
     }
     const int64_t most = *std::max_element(next.begin(), next.end());
-    TORCH_CHECK(most <= row_slots, "thinwire: row_slots is ", row_slots, "; allowed is ", most,
-                " or more, for an owner has so many slots");
+    THINWIRE_CHECK(most <= row_slots, "row_slots is ", row_slots, "; allowed is ", most,
+                   " or more, for an owner has so many slots");
     std::fill(out + totals.slots, out + places.numel(), NO_SLOT);
 }
 

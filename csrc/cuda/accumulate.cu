@@ -157,6 +157,7 @@ cudaError_t launch_accumulate(Array residual, Array residual_before, Array veloc
         const Grad* steps = static_cast<const Grad*>(grad.data);
         queue.launch(look_at_heads<Grad>, grid_for(table.segments, WARPS), steps, table, status, grad.size);
         queue.launch(look_further<Grad>, grid_for(grad.size, TILE), steps, table, status, grad.size);
+        if (table.segments == 0) return;  // of no parameter are there blocks
         visit_wide(residual.dtype, [&](auto tag) {
             using Wide = typename decltype(tag)::type;
             queue.launch(accumulate<Wide, Grad>, grid_for(norms.size, THREADS / TEAM),

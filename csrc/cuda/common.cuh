@@ -224,6 +224,7 @@ inline unsigned grid_for_slots(int64_t K) { return grid_for(K, WARPS * looked_up
 template <typename Visit>
 __device__ void for_slots(const Table& table, const int64_t* chosen, int64_t K, int64_t N, int64_t P,
                           const Visit& visit) {
+    if (table.segments == 0) return;  // K may be more than the table's slots, and there is no row to look into
     const int lane = threadIdx.x % WARP, at_a_time = looked_up(K);
     const int64_t warps = static_cast<int64_t>(gridDim.x) * WARPS;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;

@@ -60,9 +60,9 @@ cudaError_t launch_settle(Array residual, Array velocity, Array grad, double mom
 cudaError_t launch_quantise(Array source, const int64_t* chosen, Table table, const int32_t* status,
                             const int64_t* places, int bits, bool keep, Rows rows, int64_t K, cudaStream_t stream);
 
-// payloads: R contiguous rows of P elements. K: entries of places, or a row's slots where that is null.
+// payloads: R rows of P elements, row_stride apart. K: entries of places, or a row's slots where that is null.
 cudaError_t launch_unquantise(Rows rows, int bits, const int64_t* places, Table table, Array payloads, int64_t R,
-                              int64_t P, int64_t K, cudaStream_t stream);
+                              int64_t P, int64_t row_stride, int64_t K, cudaStream_t stream);
 
 cudaError_t launch_add_quantised(Rows rows, int bits, int64_t block_size, Array total, cudaStream_t stream);
 

@@ -50,13 +50,20 @@ at::Tensor scratch(const at::Tensor& like, int64_t bytes) {
 // Each parameter has a last block that may be ragged, so a number of elements tells of how many blocks about.
 void check_blocks(const at::Tensor& norms, const at::Tensor& table, int64_t block_size, int64_t N) {
     const int64_t least = N / block_size + (N % block_size != 0), most = N / block_size + table.size(0);
-    TORCH_CHECK(norms.numel() >= least && norms.numel() <= most, "thinwire: norms has ", norms.numel(),
-                " elements; allowed are ", least, " to ", most, ", as there are blocks of ", block_size, " in ", N,
-                " elements of ", table.size(0), " parameters");
+    THINWIRE_CHECK(norms.numel() >= least && norms.numel() <= most, "norms has ", norms.numel(),
+                   " elements; allowed are ", least, " to ", most, ", as there are blocks of ", block_size, " in ", N,
+                   " elements of ", table.size(0), " parameters");
+}
+
+// Of so many slots; a union's list is as long as it may become, and places may be longer still.
+void check_places(const at::Tensor& places, int64_t slots, at::Device device) {
+    check(places, "places", LONG, {ANY}, device);
+    THINWIRE_CHECK(places.numel() >= slots, "places has ", places.numel(), " elements; allowed are ", slots,
+                   " or more, as chosen has");
 }
 
 void check_bits(int64_t bits) {
-    TORCH_CHECK(bits == 8 || bits == 4 || bits == 2, "thinwire: bits is ", bits, "; allowed is 8, 4 or 2");
+    THINWIRE_CHECK(bits == 8 || bits == 4 || bits == 2, "bits is ", bits, "; allowed is 8, 4 or 2");
 }
 
 // Returns the slots in a row.
@@ -65,8 +72,8 @@ int64_t check_rows(const at::Tensor& rows, int64_t block_size, int64_t bits, at:
     check_bits(bits);
     check(rows, "rows", BYTE, {ANY, ANY}, device, true);
     const RowShape shape(rows.size(1), block_size, static_cast<int>(bits));
-    TORCH_CHECK(shape.bytes() == rows.size(1), "thinwire: rows is ", rows.sizes(),
-                "; allowed are rows of slots of 2 + ", shape.code_bytes, " bytes each");
+    THINWIRE_CHECK(shape.bytes() == rows.size(1), "rows is ", rows.sizes(),
+                   "; allowed are rows of slots of 2 + ", shape.code_bytes, " bytes each");
     return shape.slots;
 }
 
@@ -105,8 +112,8 @@ void draw_blocks(const at::Tensor& table, const at::Tensor& units, int64_t block
                  at::IntArrayRef streams, at::IntArrayRef deals, const at::Tensor& chosen) {
     const at::Device device = chosen.device();
     const int64_t rows = streams.size();
-    TORCH_CHECK(streams.size() == deals.size(), "thinwire: there are ", streams.size(), " streams ", streams, " and ",
-                deals.size(), " deals ", deals, "; allowed is one of each for every row");
+    THINWIRE_CHECK(streams.size() == deals.size(), "there are ", streams.size(), " streams ", streams, " and ",
+                   deals.size(), " deals ", deals, "; allowed is one of each for every row");
     check_table(table, block_size, device);
     check(units, "units", LONG, {table.size(0)}, device);
     check(chosen, "chosen", LONG, {rows, ANY}, device);
@@ -193,10 +200,10 @@ void quantise_blocks_(const at::Tensor& source, const at::Tensor& chosen, const 
     check(source, "source", WIDE, {ANY}, device);
     check(chosen, "chosen", LONG, {ANY}, device);
     if (status) check(*status, "status", INT, {table.size(0) + 1}, device);
-    if (places) check(*places, "places", LONG, {chosen.numel()}, device);
+    if (places) check_places(*places, chosen.numel(), device);
     else check(rows, "rows", BYTE, {1, rows.size(1)}, device, true);
-    TORCH_CHECK(places || slots == chosen.numel(), "thinwire: a row has ", slots, " slots and chosen ", chosen.numel(),
-                "; allowed is as many without places");
+    THINWIRE_CHECK(places || slots == chosen.numel(), "a row has ", slots, " slots and chosen ", chosen.numel(),
+                   "; allowed is as many without places");
     const c10::cuda::OptionalCUDAGuard guard(device);
     C10_CUDA_CHECK(launch_quantise(array(source), chosen.const_data_ptr<int64_t>(), table_of(table, block_size),
                                    pointer<int32_t>(status), pointer<int64_t>(places), static_cast<int>(bits), keep,
@@ -209,12 +216,12 @@ void unquantise_blocks(const at::Tensor& rows, int64_t bits, const Optional& pla
     check_table(table, block_size, device);
     const int64_t slots = check_rows(rows, block_size, bits, device);
     if (places) check(*places, "places", LONG, {ANY}, device);
-    check(payloads, "payloads", WIDE, {places ? 1 : rows.size(0), ANY}, device);
-    TORCH_CHECK(payloads.size(0) <= 65535, "thinwire: payloads is ", payloads.sizes(), "; allowed are 65535 rows");
+    check(payloads, "payloads", WIDE, {places ? 1 : rows.size(0), ANY}, device, true);
+    THINWIRE_CHECK(payloads.size(0) <= 65535, "payloads is ", payloads.sizes(), "; allowed are 65535 rows");
     const c10::cuda::OptionalCUDAGuard guard(device);
     C10_CUDA_CHECK(launch_unquantise(rows_of(rows), static_cast<int>(bits), pointer<int64_t>(places),
                                      table_of(table, block_size), array(payloads), payloads.size(0), payloads.size(1),
-                                     places ? places->numel() : slots, current(device)));
+                                     payloads.stride(0), places ? places->numel() : slots, current(device)));
 }
 
 void add_quantised(const at::Tensor& rows, int64_t bits, int64_t block_size, const at::Tensor& total) {
@@ -232,10 +239,10 @@ void add_rows_(const at::Tensor& values, const at::Tensor& places, int64_t first
     const at::Device device = out.device();
     check_table(table, block_size, device);
     check(values, "values", {out.scalar_type()}, {ANY}, device);
-    TORCH_CHECK(values.numel() % block_size == 0, "thinwire: values has ", values.numel(),
-                " elements; allowed are whole blocks of ", block_size);
+    THINWIRE_CHECK(values.numel() % block_size == 0, "values has ", values.numel(),
+                   " elements; allowed are whole blocks of ", block_size);
     check(chosen, "chosen", LONG, {ANY}, device);
-    check(places, "places", LONG, {chosen.numel()}, device);
+    check_places(places, chosen.numel(), device);
     check(bad, "bad", INT, {1}, device);
     check(out, "out", WIDE, {ANY}, device);
     const c10::cuda::OptionalCUDAGuard guard(device);
@@ -271,8 +278,8 @@ void unite_blocks(const at::Tensor& named, const at::Tensor& table, int64_t bloc
     const at::Device device = chosen.device();
     check_table(table, block_size, device);
     check(named, "named", {at::kInt, at::kLong}, {ANY, ANY}, device);
-    TORCH_CHECK(named.numel() <= INT32_MAX, "thinwire: named is ", named.sizes(), "; allowed are ", INT32_MAX,
-                " numbers");
+    THINWIRE_CHECK(named.numel() <= INT32_MAX, "named is ", named.sizes(), "; allowed are ", INT32_MAX,
+                   " numbers");
     check(chosen, "chosen", LONG, {ANY}, device);
     check(united, "united", LONG, {table.size(0), COLUMNS}, device);
     const bool wide = named.scalar_type() == at::kLong;
@@ -289,7 +296,7 @@ void place_slots(const at::Tensor& table, int64_t block_size, const at::Tensor& 
     check_table(table, block_size, device);
     check(turns, "turns", LONG, {table.size(0)}, device);
     check(places, "places", LONG, {ANY}, device);
-    TORCH_CHECK(ranks >= 1, "thinwire: ranks is ", ranks, "; allowed is 1 or more");
+    THINWIRE_CHECK(ranks >= 1, "ranks is ", ranks, "; allowed is 1 or more");
     const c10::cuda::OptionalCUDAGuard guard(device);
     const at::Tensor memory = scratch(places, place_scratch(table.size(0), ranks));
     C10_CUDA_CHECK(launch_place(table_of(table, block_size), turns.const_data_ptr<int64_t>(), ranks, row_slots,

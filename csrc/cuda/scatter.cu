@@ -109,7 +109,7 @@ cudaError_t launch_scatter(Array payloads, int64_t P, int64_t row_stride, const 
                            cudaStream_t stream) {
     Queue queue(stream);
     if (!accumulate) queue.clear(out.data, out.size * size_of(out.dtype));
-    if (K == 0 || R == 0) return queue.error();
+    if (K == 0 || R == 0 || table.segments == 0) return queue.error();
     int team = 1;  // or more lanes than it needs, where slots are so few that each can have a warp
     while (team < WARP && (team < R || K * R * team < BUSY * WARP)) team *= 2;
     visit_data(payloads.dtype, [&](auto payload_tag) {

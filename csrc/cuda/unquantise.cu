@@ -7,10 +7,11 @@ namespace {
 
 template <int BITS, typename Wide>
 __global__ void unquantise(Rows rows, RowShape shape, const int64_t* __restrict__ places, Table table,
-                           Wide* __restrict__ payloads, Divider by_slots, int64_t K, int64_t P) {
+                           Wide* __restrict__ payloads, int64_t row_stride, Divider by_slots, int64_t K,
+                           int64_t P) {
     constexpr int PER_BYTE = 8 / BITS;
     const int64_t rank = places ? 0 : blockIdx.y;
-    Wide* const payload = payloads + rank * P;
+    Wide* const payload = payloads + rank * row_stride;
     for_slots(table, nullptr, K, UNBOUNDED, P, [&](const Slot& slot, int lane) {
         const int64_t place = places ? places[slot.k] : rank * shape.slots + slot.k;
         if (place < 0 || place >= rows.count * shape.slots) return;
@@ -56,7 +57,7 @@ __global__ void add_quantised(Rows rows, RowShape shape, int64_t block_size, Wid
 }  // namespace
 
 cudaError_t launch_unquantise(Rows rows, int bits, const int64_t* places, Table table, Array payloads, int64_t R,
-                              int64_t P, int64_t K, cudaStream_t stream) {
+                              int64_t P, int64_t row_stride, int64_t K, cudaStream_t stream) {
     Queue queue(stream);
     const RowShape shape(rows.bytes, table.block_size, bits);
     if (shape.slots == 0 || rows.count == 0 || R == 0) return queue.error();
@@ -64,7 +65,7 @@ cudaError_t launch_unquantise(Rows rows, int bits, const int64_t* places, Table 
         using Wide = typename decltype(tag)::type;
         queue.launch(bits == 8 ? unquantise<8, Wide> : bits == 4 ? unquantise<4, Wide> : unquantise<2, Wide>,
                      dim3(grid_for_slots(K), static_cast<unsigned>(R)), rows, shape, places, table,
-                     static_cast<Wide*>(payloads.data), Divider(shape.slots), K, P);
+                     static_cast<Wide*>(payloads.data), row_stride, Divider(shape.slots), K, P);
     });
     return queue.error();
 }

@@ -9,6 +9,7 @@ from thinwire.core.exchange import AllGather, Links, OwnerExchange
 from thinwire.core.memory import UNKNOWN, Pass
 from thinwire.core.reducer import Encoded, Reducer
 from thinwire.core.stats import Stats, ring_all_reduce_bytes
+from thinwire.core.wire import seen_as
 
 
 class Channel:
@@ -77,6 +78,6 @@ class Channel:
         answers = iter(everyone.split([len(part) for part in parts], 1))
         return [
             None if one is None else one.new_empty(self._links.size, 0) if not one.numel()
-            else next(answers).contiguous().view(one.dtype)
+            else seen_as(next(answers), one.dtype)
             for one in asked
         ]  # fmt: skip
