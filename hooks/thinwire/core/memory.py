@@ -121,8 +121,8 @@ class NoMemory(Memory):
     keeps_lost = False
 
     def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
-        if ranks_blocks:  # as error feedback that starts from zero
-            return _accumulated(flat, slots, torch.zeros(flat.shape, dtype=wide(flat.dtype), device=flat.device))
+        if ranks_blocks:
+            return _accumulated_from_zero(flat, slots)
         return _examined(flat, slots)
 
     def pack(self, reading: Reading, choice: Choice, wire: Wire, dealing: Any = None) -> Payload:
@@ -218,6 +218,30 @@ class ErrorFeedback(Memory):
         return values
 
 
+class Weights(ErrorFeedback):
+    """What is not sent stays where it came from, in the rank's own weights; for the pseudo-gradients of LocalSteps.
+
+    Error feedback that starts from zero in every round: nothing is kept here from one to the next. After ``settle`` the
+    reading's source [N] is what the mean does not have of this rank: what was not sent, and what was rounded off, of
+    the sum as well where this rank owns it. In a round with inf or NaN that is all that was finite.
+    """
+
+    def add(self, flat: torch.Tensor, slots: Slots, ranks_blocks: bool, of: Pass) -> Reading:
+        return _accumulated_from_zero(flat, slots)
+
+    def settle(self, reading: Reading, choice: Choice, sent: Payload, wire: Wire, total: Sum, rank: int) -> None:
+        grad, left = reading.grad, reading.source
+        good = total.arrived.all_finite()
+        if left.is_cuda or not bool(good):
+            left.copy_(torch.where(good, left, torch.where(torch.isfinite(grad), grad, 0.0)))
+        if total.lost is not None:
+            sent.dealing.add_part(total.lost, rank, choice.own, 1.0, _flag(~good), left)
+        _scatter(total.arrived, total.rows, total.slots, total.to_mean, grad)
+
+    def stores(self) -> dict[str, FlatStore]:
+        return {}
+
+
 class ControlVariate(Memory):
     """ISEGA (1901.09437, Alg. 2) for a collective: h on every rank, its mean on all, differences on the wire.
 
@@ -266,7 +290,7 @@ class ControlVariate(Memory):
 
 
 BY_NAME: dict[str | None, Callable[..., Memory]] = {
-    "none": NoMemory, "error_feedback": ErrorFeedback, "control_variate": ControlVariate,
+    "none": NoMemory, "error_feedback": ErrorFeedback, "control_variate": ControlVariate, "weights": Weights,
 }  # fmt: skip
 
 
@@ -294,6 +318,10 @@ def _accumulated(flat, slots, residual, velocity=None, momentum=0.0, before=None
     ops.accumulate_(residual, velocity, flat, momentum, table, layout.block_size, norms, status, before,
                      velocity_before)  # fmt: skip
     return Reading(layout, flat, residual, status, norms)
+
+
+def _accumulated_from_zero(flat, slots):
+    return _accumulated(flat, slots, torch.zeros(flat.shape, dtype=wide(flat.dtype), device=flat.device))
 
 
 def _gather(source, choice, status, dtype):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from thinwire import ops
 from thinwire.core import memory, selection
 from thinwire.core.blocks import Layout, Slots, United
 from thinwire.core.levels import wire_of
@@ -43,6 +44,16 @@ class Encoded:
     @property
     def wide(self) -> torch.dtype:
         return memory.wide(self.reading.grad.dtype)
+
+    def sent(self) -> torch.Tensor:
+        """bool [N]: which elements have travelled, where all ranks send the same blocks. Once it is packed."""
+        assert self.choice.common
+        slots, own, device = self.choice.slots, self.choice.own, self.reading.grad.device
+        table = slots.table_on(device)
+        ones, factors = torch.ones(1, slots.numel, device=device), torch.ones(len(table), device=device)
+        mask = torch.empty(self.reading.layout.numel, device=device)
+        ops.scatter_blocks_(ones, None, own[None], table, slots.layout.block_size, factors, False, mask)
+        return mask != 0
 
     def tensors(self) -> list[torch.Tensor]:
         """What taking it in has made, or used."""
@@ -84,7 +95,8 @@ class Reducer:
         slots, whole = self._slots_for(names, numels, step, density)
         selection_ = self._whole if whole else self._selection
         reading = self.memory.add(flat, slots, selection_.ranks, of)
-        question = Question(slots, step, self.rank, self.world_size, self.method.seed, flat.device, reading.norms)
+        question = Question(slots, step, self.rank, self.world_size, self.method.seed, flat.device, reading.norms,
+                            max_age=self.method.longest_wait)  # fmt: skip
         asked = selection_.ask(question) if selection_.talks else None
         wire = self.memory.wire_for(self._wire, flat.dtype)
         return Encoded(reading, question, selection_, wire, self.memory.keeps_lost, asked)

@@ -15,7 +15,8 @@ INT16_BLOCKS, INT32_BLOCKS = 2**16, 2**31  # the numbers of so many blocks fit 1
 class Question:
     """What a selection may know: this rank's step, shapes and, if it ``ranks`` blocks, their squared norms [M].
 
-    answers: what all ranks asked, [world_size, L], where the selection talks.
+    answers: what all ranks asked, [world_size, L], where the selection talks. max_age: the most steps that a block may
+    wait, where there is such a limit; the counts are twice what that needs, or more.
     """
 
     slots: Slots
@@ -26,6 +27,7 @@ class Question:
     device: torch.device
     norms: torch.Tensor | None = None
     answers: torch.Tensor | None = None
+    max_age: int | None = None
 
 
 @dataclass
@@ -140,7 +142,8 @@ class Nominated(Selection):
     """Each rank names its share of the heaviest blocks, and all ranks send the union of what was named.
 
     The places are dealt to the ranks in turn, each parameter from a rank of its own and one further in every step,
-    so that the ranks together name exactly the blocks that the density allows, however many ranks there are.
+    so that the ranks together name exactly the blocks that the density allows, however many ranks there are. With a
+    max_age some blocks are due in a step, and named whatever their norms are.
     """
 
     ranks = True
@@ -155,7 +158,7 @@ class Nominated(Selection):
     def ask(self, q: Question) -> torch.Tensor:
         mine = _places(q)
         named = torch.zeros(_firsts(q).shape[1], dtype=_widest(q.slots), device=q.device)
-        named[: mine.total] = _heaviest(q.norms, mine, q.device)
+        named[: mine.total] = _heaviest(q.norms if q.max_age is None else _due_first(q), mine, q.device)
         return named
 
     def choose(self, q: Question) -> Choice:
@@ -171,6 +174,22 @@ def _places(q: Question) -> Slots:
     turn = (q.rank - q.step) % q.world_size
     named = lambda: tuple(named_by_rank(q.slots, 0, q.world_size)[turn].tolist())
     return q.slots.plan(("places", turn, q.world_size), lambda: q.slots.layout.slots(named()))
+
+
+def _due_first(q: Question) -> torch.Tensor:
+    """The norms [M], but infinite for the blocks that are due and this rank's to name.
+
+    In step t the blocks b of a parameter are due for which b + t is a multiple of max_age: so no block waits longer,
+    and nobody has to remember when each was sent. They are dealt as the places are, in turn and to the same rank first.
+    There are no more of them than places, so each rank has a place for all of its own.
+    """
+    age, n = q.max_age, q.world_size
+    assert age is not None and q.norms is not None
+    starts, ends, turns = q.slots.plan(("due", age, n, q.device), lambda: _runs(q.slots, age, n).to(q.device))
+    due = starts + -q.step % age
+    mine = (due < ends) & (turns == (q.rank - q.step) % n)
+    norms = torch.nn.functional.pad(q.norms, (0, 1))  # one more, for what is not mine
+    return norms.index_fill_(0, torch.where(mine, due, len(q.norms)), torch.inf)[:-1]
 
 
 def _firsts(q: Question) -> torch.Tensor:
@@ -249,6 +268,18 @@ def named_by_rank(slots: Slots, step: int, world_size: int) -> torch.Tensor:
     ranks = torch.arange(world_size, device="cpu")[:, None]
     turns = (ranks - slots.layout.units % world_size - step) % world_size
     return counts // world_size + (turns < counts % world_size)
+
+
+def _runs(slots, age, n):
+    """Runs of so many blocks in each parameter that does not travel whole, int64 [3, runs]: where each begins, counted
+    over the whole flat tensor, where its parameter ends, and whose turn it is in the first step."""
+    layout = slots.layout
+    runs = [-(-blocks // age) if not whole else 0 for blocks, whole in zip(layout.blocks, slots.whole)]
+    runs = torch.tensor(runs, dtype=torch.int64, device="cpu")
+    number = torch.arange(int(runs.sum()), device="cpu") - (runs.cumsum(0) - runs).repeat_interleave(runs)
+    first = layout.firsts.repeat_interleave(runs)
+    ends = torch.tensor(layout.first_blocks[1:], dtype=torch.int64, device="cpu").repeat_interleave(runs)
+    return torch.stack([first + number * age, ends, (number + (layout.units % n).repeat_interleave(runs)) % n])
 
 
 def _sparse_slots(slots):

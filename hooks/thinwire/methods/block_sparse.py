@@ -12,7 +12,7 @@ from thinwire.methods.base import Method, check_integer, check_number, check_one
 # that choose are in thinwire.core.selection.
 SELECTIONS = {"independent": True, "permuted": True, "shared": True, "topk": False, "nominated": False}
 RANDOM = tuple(name for name, random in SELECTIONS.items() if random)
-MEMORIES = ("none", "error_feedback", "control_variate")
+MEMORIES = ("none", "error_feedback", "control_variate", "weights")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class BlockSparse(Method):
         ``error_feedback``   kept and added to the next gradient, unscaled
         ``control_variate``  unbiased, with a running estimate of every rank's gradient (paper, Alg. 2, ISEGA);
                              random selections only
+        ``weights``          stays in the rank's own weights until it is sent: inside ``LocalSteps`` only, and with
+                             nominated, which then names the blocks that have drifted furthest from the anchor
         None picks ``none`` for random selections and ``error_feedback`` for topk and nominated.
     momentum: in [0, 1), with error feedback only: the memory accumulates ``u = momentum * u + gradient``, adds u to
         the residual and clears u in the blocks that were sent (Deep Gradient Compression's momentum correction and
@@ -58,6 +60,8 @@ class BlockSparse(Method):
         for what Elastic makes late, in the units of a gradient's norm: see the "residual" of ``handle.consistency()``
         with a density that you know to work.
     min_density, max_density: with density="auto", its bounds, in (0, 1].
+    max_age: with memory="weights", the most rounds that a block may wait, at least 2 / density: so at most half of what
+        is sent is sent because of its age. None is just that.
 
     Raises TypeError or ValueError for a wrong value or a combination that cannot be right.
     """
@@ -75,6 +79,7 @@ class BlockSparse(Method):
     max_inconsistency: float | None = None
     min_density: float = 0.001
     max_density: float = 1.0
+    max_age: int | None = None
 
     def __post_init__(self):
         check_one_of(self, "selection", tuple(SELECTIONS))
@@ -105,6 +110,7 @@ class BlockSparse(Method):
             )
 
         self._check_automatic()
+        self._check_weights()
 
     def as_block_sparse(self) -> "BlockSparse":
         return self
@@ -118,6 +124,13 @@ class BlockSparse(Method):
     def unbiased(self) -> bool:
         """Whether what a rank sends is divided by its density, so that its expectation is the gradient."""
         return self.selection in RANDOM and self.memory != "error_feedback"
+
+    @property
+    def longest_wait(self) -> int | None:
+        """The most rounds that a block may wait, with memory="weights"; else None."""
+        if self.memory != "weights":
+            return None
+        return math.ceil(2 / float(self.density)) if self.max_age is None else self.max_age  # type: ignore[arg-type]
 
     def density_at(self, step: int, world_size: int) -> float:
         """The density of a step (from 0): 1 in the warm-up, then a geometric fall to the final density; of "auto",
@@ -144,6 +157,33 @@ class BlockSparse(Method):
                 count = min(count, blocks // world_size)  # rounding up would let two ranks send the same block
             counts.append(count)
         return tuple(counts)
+
+    def _check_weights(self):
+        if self.memory != "weights":
+            if self.max_age is not None:
+                raise ValueError(
+                    f"BlockSparse(max_age={self.max_age!r}, memory={self.memory!r}): max_age acts with "
+                    "memory='weights' only"
+                )
+            return
+        if self.selection != "nominated":
+            raise ValueError(
+                f"BlockSparse(selection={self.selection!r}, memory='weights'): all ranks must send the same blocks, "
+                "those that have drifted furthest: use selection='nominated'"
+            )
+        if self.density is None:
+            raise ValueError(
+                "BlockSparse(density=None, memory='weights'): give it a density, the share of the blocks that all "
+                "ranks together name in a round"
+            )
+        if self.max_age is not None:
+            least = math.ceil(2 / float(self.density))
+            check_integer(self, "max_age", 1)
+            if self.max_age < least:
+                raise ValueError(
+                    f"BlockSparse(max_age={self.max_age}, density={self.density}): blocks that are due must leave "
+                    f"room for those that have drifted: max_age must be at least 2 / density, {least}"
+                )
 
     def _check_automatic(self):
         for name in ("min_density", "max_density"):
@@ -209,10 +249,17 @@ class Dense(Method):
 def block_sparse(method: Method) -> BlockSparse:
     """The method as the reducer runs it.
 
-    Raises TypeError for what is no method, and for a method that a reducer alone cannot run.
+    Raises TypeError for what is no method, and for a method that a reducer alone cannot run; ValueError for one that
+    works on no gradients but those of LocalSteps.
     """
     if isinstance(method, Method):
-        return method.as_block_sparse()
+        sparse = method.as_block_sparse()
+        if sparse.memory == "weights":
+            raise ValueError(
+                f"method is {method!r}: what it does not send stays in the rank's own weights, and those differ only "
+                "with local steps: use it inside thinwire.LocalSteps(method=...)"
+            )
+        return sparse
     hint = f"; call it: thinwire.{method.__name__}()" if isinstance(method, type) and issubclass(method, Method) else ""
     found = repr(method) if isinstance(method, (type, str, int, float)) else f"a {type(method).__name__}"
     raise TypeError(f"method is {found}: it must be a thinwire method, such as thinwire.BlockSparse(){hint}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from thinwire.methods.base import Method, check_integer, check_number, check_one_of, given
-from thinwire.methods.block_sparse import BlockSparse, Dense
+from thinwire.methods.block_sparse import BlockSparse, Dense, block_sparse
 
 DECISIONS = ("agreed", "arrival")
 
@@ -56,6 +56,7 @@ class Elastic(Method):
     def __post_init__(self):
         if not isinstance(self.method, (Dense, BlockSparse)):
             raise TypeError(f"{given(self, 'method')}: method must be a Dense or a BlockSparse")
+        block_sparse(self.method)
         check_number(self, "beta", "a number in [0, 1]", lambda x: 0 <= x <= 1)
         object.__setattr__(self, "beta", float(self.beta))
         check_integer(self, "max_delay", 1)
