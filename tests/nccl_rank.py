@@ -11,7 +11,7 @@ import thinwire
 import torch
 import torch.distributed as dist
 from models import ALL_METHODS, SMALL_BUCKET_MB, data, flat, mlp, sgd
-from thinwire import BlockSparse, Dense
+from thinwire import BlockSparse, Dense, LocalSteps
 from torch.nn.parallel import DistributedDataParallel
 
 FREE, WATCHED = 6, 6  # steps: DDP makes its buckets anew after the first, and plans are made where they are first used
@@ -19,6 +19,8 @@ METHODS = [method for method in ALL_METHODS if not getattr(method, "warmup_steps
     Dense(), Dense(wire_dtype=torch.bfloat16), Dense(wire_dtype="int4", memory="error_feedback"),
     BlockSparse("nominated", density=0.1, block_size=16, wire_dtype="int4"),
     BlockSparse("topk", density=0.1, block_size=16, wire_dtype="int8"),
+    LocalSteps(2, overlap=1), LocalSteps(3, Dense(), overlap=0),
+    LocalSteps(3, BlockSparse("nominated", density=0.3, block_size=16, memory="weights", wire_dtype="int4"), overlap=2),
 ]  # fmt: skip
 
 

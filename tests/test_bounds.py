@@ -10,6 +10,7 @@ from elastic.relaxations import (
     Digits,
     Due,
     ElasticScheduler,
+    LocalRounds,
     Messages,
     MissingMessages,
     SharedMemory,
@@ -25,10 +26,12 @@ SYSTEMS = benchmark.systems(NUMELS)
 NOTHING_LATE = [
     Messages(0), MissingMessages(0), MissingMessages(0, own=True), SharedMemory(0), ElasticScheduler(1, NUMELS),
     ElasticScheduler(1, NUMELS, weigh_own=True), ElasticScheduler(1, NUMELS, weigh_own=True, speculate=True),
+    LocalRounds(1),
 ]  # fmt: skip
 SOMETHING_LATE = [
     Messages(3), MissingMessages(2), MissingMessages(2, own=True), SharedMemory(3), ElasticScheduler(0.5, NUMELS, 3),
     ElasticScheduler(0.5, NUMELS, 3, weigh_own=True), ElasticScheduler(0, NUMELS, 3, weigh_own=True, speculate=True),
+    LocalRounds(4), LocalRounds(4, overlap=3), LocalRounds(1, overlap=1),
 ]  # fmt: skip
 
 
@@ -49,6 +52,8 @@ def test_values():
     assert bounds.elastic_norm_bounded(1.0, 4, 3, 2.0, deviation=1.0) == 0.0
     assert bounds.elastic_variance_bounded(2.0) == 6.0
     assert bounds.elastic_variance_bounded(2.0, max_delay=2) == 12.0
+    assert bounds.local_steps(16, 2, 3.0) == 51.0
+    assert bounds.local_steps(1, 0, 3.0) == 0.0, "plain DDP"
     for beta in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=f"beta={beta}"):
             bounds.elastic_norm_bounded(beta, 4, 1, 1.0)
@@ -158,6 +163,20 @@ def test_weighed_by_the_own_gradient_what_is_missing_needs_sigma_in_its_bound():
     missing = visible(ElasticScheduler(0.8, (1, 1), 1, weigh_own=True), g)[1].square().sum(2).mean().sqrt().item()
     assert missing > bounds.elastic_norm_bounded(0.8, 2, 1, 1.0)
     assert missing <= bounds.elastic_norm_bounded(0.8, 2, 1, 1.0, deviation=0.5**0.5)
+
+
+@pytest.mark.parametrize(("every", "overlap"), [(1, 0), (4, 0), (4, 1), (4, 4), (1, 1)])
+def test_local_steps_are_apart_for_as_long_as_their_bound_says(every, overlap):
+    """Workers whose gradients add up and cancel in the mean: the bound is reached, and never passed."""
+    g = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 2, 1)
+    relaxation = LocalRounds(every, overlap)
+    due, views, apart = Due(relaxation.max_delay), torch.zeros_like(g), []
+    for _ in range(5 * every):
+        relaxation(g, torch.Generator(), due)
+        views = views - due.take()
+        apart.append(views.abs().max().item())
+    assert max(apart) == bounds.local_steps(every, overlap, 1.0)
+    assert set(apart[every - 1 + overlap :: every]) == {overlap}, "what was made meanwhile stays"
 
 
 def test_a_gradient_is_that_of_its_own_view_and_samples():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import attach, data, equal_on_all_ranks, flat, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps
 from thinwire.consistency import bounds
 from thinwire.consistency import measure as consistency
 from thinwire.consistency.controller import AIM, DensityController
@@ -103,6 +103,42 @@ def test_bounds_of_methods():
     assert b(Elastic(Dense(), 0.9, speculate=True)) == 4.0
     assert b(Elastic(TOPK, 0.5)) == b(TOPK) + 2.0
     assert b(DivideAndShuffle()) is None
+
+
+PARTIAL = BlockSparse("nominated", density=0.25, memory="weights", max_age=10)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, (16 - 1 + 1) * 2.0),
+    ({"every": 1, "overlap": 0}, 0.0),
+    ({"every": 8, "overlap": 3}, (8 - 1 + 3) * 2.0),
+    ({"every": 8, "overlap": "auto"}, (8 - 1 + 8) * 2.0),
+    ({"every": 4, "overlap": 0, "method": TOPK}, 3 * 2.0 + bounds.error_feedback(0.9, 4 * 2.0)),
+    ({"every": "auto"}, None),
+    ({"outer_momentum": 0.5}, None),
+    ({"outer_lr": 0.9}, None),
+    ({"method": Dense(wire_dtype="int4", memory="error_feedback")}, None),
+    ({"method": BlockSparse("nominated", density=0.1)}, None),
+    ({"method": BlockSparse("topk", density=0.1, momentum=0.5)}, None),
+    ({"method": BlockSparse(memory="control_variate")}, None),
+    ({"every": 4, "method": PARTIAL}, (10 * 4 - 1 + 1) * 2.0),
+    ({"method": dataclasses.replace(PARTIAL, wire_dtype="int4")}, None),
+    ({"method": None, "group_size": 2}, None),
+], ids=str)  # fmt: skip
+def test_the_bound_of_local_steps_is_that_of_averaging_alone(settings, expected):
+    method = LocalSteps(**{"method": Dense(), "outer_momentum": 0.0} | settings)
+    found = consistency.bound(method, [0.1, 1.0], 2.0)
+    assert found == expected if expected is None else found == pytest.approx(expected)
+
+
+def test_the_bound_of_local_steps_is_for_steps_that_are_gradients():
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    method = LocalSteps(method=Dense(), outer_momentum=0.0)
+    found = lambda optimizer, one=method: consistency.bound(one, [1.0], 2.0, optimizer)
+    assert found(torch.optim.SGD(parameters, lr=0.1)) == 32.0
+    for other in (torch.optim.SGD(parameters, lr=0.1, momentum=0.9), torch.optim.Adam(parameters),
+                  torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1)):  # fmt: skip
+        assert found(other) is None and found(other, TOPK) == bounds.error_feedback(0.0, 2.0)
 
 
 def with_log(rank, n, log_kind):

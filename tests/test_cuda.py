@@ -13,10 +13,11 @@ import pytest
 import thinwire
 import torch
 from models import ALL_METHODS, data, equal_on_all_ranks, flat, label, mlp, sgd, wrap
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 OTHERS = [Dense(), Dense(wire_dtype=torch.bfloat16), DivideAndShuffle(group_size=2), Elastic(Dense(), beta=0.5),
+          LocalSteps(4), LocalSteps(4, BlockSparse("nominated", density=0.3, memory="weights", wire_dtype="int4")),
           Elastic(BlockSparse("nominated", density=0.1, block_size=16), beta=0.5)]  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import pytest
 import thinwire
 import torch
 from models import data, logged, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps
+from thinwire.state.cautions import caution_local
 
 NOMINATED = BlockSparse("nominated", density=0.04)
 OPTIMIZERS = {
@@ -52,6 +53,13 @@ def optimizer(name):
     (Dense(), "AdamW", 0.0005, 0.9, "as plain DDP does"),
     (DivideAndShuffle(), "SGD with momentum", 0.03, 0.9, "mean of the replicas"),
     (Elastic(NOMINATED), "AdamW", 0.002, 0.0, "about 25 steps"),
+    (LocalSteps(), "AdamW", 0.0005, 0.5, "a momentum of 0.7, and beside that a low beta1"),
+    (LocalSteps(), "AdamW, warming up", 0.0005, 0.5, "a low beta1"),
+    (LocalSteps(), "AdamW without beta1", 0.0005, 0.0, "a low beta1"),
+    (LocalSteps(outer_momentum=0), "AdamW", 0.0005, 0.9, "plain DDP's steps"),
+    (LocalSteps(group_size=2), "AdamW", 0.0005, 0.9, "plain DDP's steps"),
+    (LocalSteps(method=NOMINATED), "SGD with momentum", 0.03, 0.9, "plain DDP's steps"),
+    (LocalSteps(), "RMSprop", 0.01, 0.9, "plain DDP's steps"),
 ])  # fmt: skip
 def test_where_a_search_begins(method, under, lr, own, says):
     found = thinwire.suggest(method, optimizer(under), world_size=4)
@@ -107,6 +115,21 @@ def test_what_is_right_is_not_warned_of(ranks, method, under):
 def test_groups_that_differ_are_not_warned_of_and_one_rank_never_is(ranks):
     assert ranks(4).run(warned, DivideAndShuffle(group_size=2), "SGD") == [[]] * 4
     assert ranks(1).run(warned, BlockSparse("topk"), "AdamW") == [[]]
+
+
+@pytest.mark.parametrize(("method", "under", "ranks", "says"), [
+    (LocalSteps(), "AdamW", 4, ("AdamW's beta1 of 0.9", "outer momentum of 0.7", "at 0.5", "thinwire.suggest")),
+    (LocalSteps(every=8, outer_momentum=0.5), "AdamW, warming up", 4, ("outer momentum of 0.5",)),
+    (LocalSteps(), "AdamW", 1, ()),
+    (LocalSteps(), "AdamW without beta1", 4, ()),
+    (LocalSteps(), "SGD with momentum", 4, ()),
+    (LocalSteps(outer_momentum=0), "AdamW", 4, ()),
+    (LocalSteps(group_size=2), "AdamW", 4, ()),
+])  # fmt: skip
+def test_a_high_beta1_beside_an_outer_momentum_is_warned_of(method, under, ranks, says):
+    with logged() as said:
+        caution_local(method, optimizer(under), ranks)
+    assert len(said) == bool(says) and all(word in said[0] for word in says)
 
 
 def by_hand(rank, n):

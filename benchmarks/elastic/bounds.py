@@ -3,12 +3,12 @@
     python benchmarks/elastic/bounds.py             every system of the table, about two minutes
     python benchmarks/elastic/bounds.py --docs      docs/tables/elastic_bounds.md from the committed result
 
-The systems of Nadiradze et al. (2001.05918), simulated (relaxations.py) as they train a small network on the digits of
-scikit-learn, and error feedback with thinwire's own operators. Measured is the root of the mean of ||x - v||^2 over
-workers and seeds, over lr, and M and sigma are roots of such means too, of ||g||^2 and of ||g - grad f(v)||^2; each
-is the largest of all steps. The bounds follow from triangle inequalities, which hold for such means exactly as for
-expectations; that of random blocks holds in expectation only, and those with sigma for lr <= 1 / (6 L). "worst" is
-the one worker and seed that was farthest from x in any step: the bound is not on that.
+The systems of Nadiradze et al. (2001.05918), and local steps, simulated (relaxations.py) as they train a small network
+on the digits of scikit-learn, and error feedback with thinwire's own operators. Measured is the root of the mean of
+||x - v||^2 over workers and seeds, over lr, and M and sigma are roots of such means too, of ||g||^2 and of
+||g - grad f(v)||^2; each is the largest of all steps. The bounds follow from triangle inequalities, which hold for such
+means exactly as for expectations; that of random blocks holds in expectation only, and those with sigma for
+lr <= 1 / (6 L). "worst" is the one worker and seed that was farthest from x in any step: the bound is not on that.
 
 Left in the output folder: elastic_bounds.json and elastic_bounds.png. Exits with 1 if anything exceeds its bound.
 """
@@ -28,6 +28,7 @@ from elastic.relaxations import (
     LR,
     Digits,
     ElasticScheduler,
+    LocalRounds,
     Messages,
     MissingMessages,
     SharedMemory,
@@ -94,6 +95,11 @@ def systems(numels: tuple[int, ...]) -> dict[str, tuple[str, dict]]:
             "3 D σ",
             {f"β={beta:g} D={late}": elastic(beta, late, weigh_own=True, speculate=True)
              for beta, late in ((0.95, 1), (0.8, 1), (0, 1))},
+        ),
+        "local steps, averaged every H and k steps late": (
+            "(H - 1 + k) M",
+            {f"H={every} k={late}": (8, LocalRounds(every, late))
+             for every, late in ((1, 0), (4, 0), (16, 0), (16, 4))},
         ),
     }  # fmt: skip
 
@@ -176,7 +182,7 @@ def draw(record: dict, path: Path) -> None:
         mine = [row for row in shown if row["system"] == system]
         if mine:
             axes.scatter([row["bound"] for row in mine], [row["measured"] for row in mine], label=system, s=40,
-                         color=f"C{i % 10}", marker="os^vD"[i % 5])  # fmt: skip
+                         color=f"C{i % 10}", marker="os^vDPX"[i % 7])  # fmt: skip
     ends = [min(row["measured"] for row in shown) / 2, max(row["bound"] for row in shown) * 2]
     axes.plot(ends, ends, color="black", linewidth=1, label="measured = bound")
     axes.set(xscale="log", yscale="log", xlabel="bound B", ylabel="measured ‖x - v‖ / lr",

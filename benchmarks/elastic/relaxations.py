@@ -189,6 +189,30 @@ class MissingMessages(Relaxation):
 
 
 @dataclass
+class LocalRounds(Relaxation):
+    """A worker sees its own gradients at once, and after every so many steps the mean of all workers' in their place,
+    ``overlap`` steps late."""
+
+    every: int
+    overlap: int = 0
+
+    def __post_init__(self):
+        self.max_delay = self.every - 1 + self.overlap
+        self._done = 0
+
+    def __call__(self, g, generator, due):
+        self._done += 1
+        mean = g.mean(1, keepdim=True).expand_as(g)
+        delay = -self._done % self.every + self.overlap  # until the round ends, and until its average is there
+        due.add(0, g if delay else mean)
+        if delay:
+            due.add(delay, mean - g)
+
+    def bound(self, workers, outcome):
+        return bounds.local_steps(self.every, self.overlap, outcome.second_moment)
+
+
+@dataclass
 class SharedMemory(Relaxation):
     """One update at a time, each of whose elements becomes visible 0 to max_delay updates late, on its own."""
 

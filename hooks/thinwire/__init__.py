@@ -3,7 +3,7 @@
 from thinwire.advice.verdict import advise
 from thinwire.attach import attach
 from thinwire.ddp import HookState, hook
-from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method, schedules
+from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps, Method, schedules
 from thinwire.replicas.averager import DivideAndShuffleAverager
 from thinwire.state.estimate import estimate
 from thinwire.state.handle import Handle
@@ -11,8 +11,8 @@ from thinwire.state.suggest import Suggestion, suggest
 
 __version__ = "0.1.0"
 __all__ = [
-    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "Handle", "HookState", "Method",
-    "Suggestion", "advise", "attach", "estimate", "hook", "schedules", "suggest",
+    "BlockSparse", "Dense", "DivideAndShuffle", "DivideAndShuffleAverager", "Elastic", "Handle", "HookState",
+    "LocalSteps", "Method", "Suggestion", "advise", "attach", "estimate", "hook", "schedules", "suggest",
 ]  # fmt: skip
 
 

@@ -89,3 +89,17 @@ def elastic_variance_bounded(deviation: float, max_delay: int = 1) -> float:
     computed at different v; max_delay steps add up.
     """
     return 3 * max_delay * deviation
+
+
+def local_steps(every: int, overlap: int, second_moment: float) -> float:
+    """Workers step on their own gradients and average their parameters every so many steps, each average being
+    ``overlap`` steps under way, in which a worker goes on.
+
+    The paper has no local steps; this is our derivation from its definition, for SGD without momentum that averages
+    exactly. The mean of the workers moves by the mean of their gradients, averages change nothing of it, and so it is
+    the ideal iterate x. A worker is at most every - 1 + overlap steps of its own away from the parameters that all last
+    agreed on: one lands when overlap further steps are made, and is of what was there before them. So x - v is the sum
+    of so many mean(g) - g_i, each of which, in the mean square over workers, is at most g_i, and the triangle
+    inequality gives this. It bounds the distance from the agreed parameters too, there for each worker by itself.
+    """
+    return (every - 1 + overlap) * second_moment

@@ -19,7 +19,7 @@ import torch
 from thinwire.consistency import bounds
 from thinwire.core.blocks import unit_of
 from thinwire.core.selection import BY_NAME
-from thinwire.methods import BlockSparse, Dense, Elastic, Method
+from thinwire.methods import BlockSparse, Dense, Elastic, LocalSteps, Method
 
 SKETCH = 2048
 
@@ -67,13 +67,15 @@ def measure(waits: torch.Tensor, alone: torch.Tensor | None, gradient_norm: floa
     return Measured(apart, residual, max(norms) if all(map(math.isfinite, norms)) else math.nan)
 
 
-def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> float | None:
+def bound(method: Method, shares: Iterable[float], gradient_norm: float,
+          optimizer: torch.optim.Optimizer | None = None) -> float | None:  # fmt: skip
     """The paper's B for a method (2001.05918; see thinwire.consistency.bounds), or None where it has none.
 
     For a constant learning rate: after it falls tenfold, what is late weighs ten times as much.
 
     shares: of its blocks that each parameter sends, as rounded; gradient_norm: M, the largest norm of a rank's
-    gradient.
+    gradient. optimizer: what makes the steps of LocalSteps, of which the paper says nothing and our own bound is for
+    SGD without momentum and weight decay; None is such a one. Of other methods it is not looked at.
     """
     if isinstance(method, Dense) and method.memory == "none":
         return 0.0
@@ -85,6 +87,8 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
         # beta lets be late of the average has no smaller bound. A correction is the average less the own gradient.
         late = method.max_delay * gradient_norm if method.beta < 1 else 0.0
         return inner + (2 if method.speculate else 1) * late
+    if isinstance(method, LocalSteps):
+        return _of_local_steps(method, shares, gradient_norm) if _steps_by_gradients(optimizer) else None
     if not isinstance(method, BlockSparse) or BY_NAME[method.selection].talks and method.memory != "none":
         return None  # a rank's own residual need not shrink where others nominate the blocks
     if isinstance(method.wire_dtype, str):
@@ -92,6 +96,30 @@ def bound(method: Method, shares: Iterable[float], gradient_norm: float) -> floa
     if method.memory != "error_feedback":
         return 0.0
     return bounds.error_feedback(1 - min(shares, default=1.0), gradient_norm / (1 - method.momentum))
+
+
+def _steps_by_gradients(optimizer):
+    """Whether a step is the learning rate times the gradient."""
+    if optimizer is None:
+        return True
+    groups = optimizer.param_groups
+    return isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] or g["weight_decay"] for g in groups)
+
+
+def _of_local_steps(method, shares, gradient_norm):
+    """Where rounds take the mean of all ranks, but for what waits."""
+    if not method.averages_alone or method.group_size is not None or isinstance(method.every, str):
+        return None  # momentum is no SGD; groups have no anchor; nobody knows how many steps a round will have
+    sparse = method.method.as_block_sparse()
+    rounds, waits = 1, None
+    if sparse.memory == "weights" and not isinstance(sparse.wire_dtype, str):
+        rounds, waits = sparse.longest_wait, 0.0  # what is not sent is a rank's own, for so many rounds at most
+    elif sparse.memory in ("none", "error_feedback") and not sparse.momentum:
+        waits = bound(method.method, shares, method.every * gradient_norm)  # of a round's steps, as one gradient
+    if waits is None:
+        return None
+    overlap = method.every if isinstance(method.overlap, str) else method.overlap
+    return waits + bounds.local_steps(rounds * method.every, overlap, gradient_norm)
 
 
 def check_log(consistency_every: int, log: Any) -> None:

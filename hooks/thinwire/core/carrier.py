@@ -56,7 +56,7 @@ class Carrier:
         self._users.discard(user)
         if self._users:
             return None
-        self.courier.close()
+        self.courier.close(seconds=1.0)  # else it might ask for Python's lock when the interpreter ends
         for key in [key for key, one in self._of.items() if one is self]:
             del self._of[key]
         return self.group

@@ -60,10 +60,15 @@ class Courier:
         if self.error is not None:
             raise RuntimeError(f"thinwire: an exchange in the background failed: {self.error!r}") from self.error
 
-    def close(self) -> None:
-        """End the thread when it has done its jobs; after a failure it does none of them."""
+    def close(self, seconds: float = 0.0) -> None:
+        """End the thread when it has done its jobs; after a failure it does none of them.
+
+        seconds: how long to wait for that, at most; not after a failure, when it may be waiting for another rank.
+        """
         self.closed = True
         self._jobs.put(None)
+        if self.error is None:
+            self._ended.wait(seconds)
 
     def finish(self, seconds: float) -> None:
         """At the interpreter's end: give it some time."""

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from thinwire.consistency.measure import check_log
 from thinwire.core.exchange import gather_objects
 from thinwire.ddp.mount import Occupant, Seat, completed, mount, restore_copied
 from thinwire.ddp.passes import Passes, may_skip
-from thinwire.methods import DivideAndShuffle
+from thinwire.methods import DivideAndShuffle, LocalSteps, Method
 from thinwire.replicas.agreement import agreed_partitions, check_optimizer
 from thinwire.replicas.groups import Groups
 from thinwire.replicas.handle import Replicas
@@ -34,9 +35,21 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, *, grad_scaler=Non
         check_grad_scaler(grad_scaler, steps=True)
         check_log(consistency_every, log)
 
+    return _attach(ddp, method, method, optimizer, parameters, check, grad_scaler, consistency_every, log)
+
+
+def attach_groups(ddp, method: LocalSteps, optimizer, parameters, check, grad_scaler, consistency_every,
+                  log) -> "DDPReplicas":  # fmt: skip
+    """LocalSteps in groups: rounds of Divide-and-Shuffle, every so many steps. check: see ``agreed_partitions``."""
+    return _attach(ddp, method.in_groups(), method, optimizer, parameters, check, grad_scaler, consistency_every, log)
+
+
+def _attach(ddp, rounds, method, optimizer, parameters, check, grad_scaler, consistency_every, log):
+    """rounds: how a round averages; method: what the user has asked for."""
     partitions = agreed_partitions(
-        method, optimizer, lambda thing: gather_objects(thing, ddp.process_group),
+        rounds, optimizer, lambda thing: gather_objects(thing, ddp.process_group),
         parameters + float_buffers(ddp.module, ddp.parameters_to_ignore), check, consistency_every,
+        method,
     )  # fmt: skip
     groups = Groups(partitions, ddp.process_group)
     if ddp.find_unused_parameters:
@@ -44,7 +57,7 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, *, grad_scaler=Non
                      "pass, so small groups gain little: use it only if the model needs it")  # fmt: skip
     restore_copied(ddp)
     try:
-        replicas = DDPReplicas(ddp, optimizer, method, groups, partitions, grad_scaler, consistency_every, log)
+        replicas = DDPReplicas(ddp, optimizer, rounds, groups, partitions, grad_scaler, consistency_every, log, method)
     except BaseException:
         groups.close()
         raise
@@ -59,11 +72,11 @@ def attach_replicas(ddp, method: DivideAndShuffle, optimizer, *, grad_scaler=Non
 class DDPReplicas(Replicas):
     """The replicas of one DDP model, whose own broadcast of buffers is off as long as it is at work."""
 
-    def __init__(self, ddp: DistributedDataParallel, optimizer, method, groups, partitions, grad_scaler,
-                 consistency_every, log):  # fmt: skip
-        super().__init__(ddp.module, optimizer, method, groups, partitions, grad_scaler, ddp.parameters_to_ignore,
-                         consistency_every, log)  # fmt: skip
-        self.local = LocalGradients(ddp, self)
+    def __init__(self, ddp: DistributedDataParallel, optimizer, rounds, groups, partitions, grad_scaler,
+                 consistency_every, log, method):  # fmt: skip
+        super().__init__(ddp.module, optimizer, rounds, groups, partitions, grad_scaler, ddp.parameters_to_ignore,
+                         consistency_every, log, method)  # fmt: skip
+        self.local = LocalGradients(ddp, self, method)
         self._ddp = weakref.ref(ddp)
         if ddp.broadcast_buffers:
             # DDP would put rank 0's buffers over those that the groups averaged, before every forward pass.
@@ -88,38 +101,45 @@ class DDPReplicas(Replicas):
 class LocalGradients(Occupant):
     """Every rank steps on its own gradients.
 
-    It holds the model weakly: DDP's C++ part holds the state, and no collector sees that cycle.
+    It holds the model weakly: DDP's C++ part holds the state, and no collector sees that cycle. handle: what averages
+    the replicas, by ``method``.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, replicas: DDPReplicas):
+    def __init__(self, ddp: DistributedDataParallel, handle: Any, method: Method):
         self.seat = Seat(self)
         self.broadcast_buffers = ddp.broadcast_buffers  # as it was
-        self._group = ddp.process_group
+        self._group, self._kind = ddp.process_group, type(method).__name__
         self._passes = Passes(may_skip(ddp))
-        self._ddp, self._replicas = weakref.ref(ddp), weakref.ref(replicas)
+        self._ddp, self._handle = weakref.ref(ddp), weakref.ref(handle)
 
     @property
     def gone(self) -> bool:
-        return self._replicas() is None
+        return self._handle() is None
 
     @property
     def group(self) -> dist.ProcessGroup:
         return self._group
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        replicas = self._replicas()
-        if replicas is None:
+        handle = self._handle()
+        if handle is None:
             raise RuntimeError(
-                "this model's DivideAndShuffle is gone, because nothing holds its handle or its optimizer any more, so "
+                f"this model's {self._kind} is gone, because nothing holds its handle or its optimizer any more, so "
                 "nothing would average its replicas: keep the optimizer that was given to thinwire.attach, or attach "
                 "again with the new one, and call the handle's close() to train on without it"
             )
         if self._ddp()._join_config.enable:
             raise RuntimeError(
-                "DivideAndShuffle does not work inside join(): a rank that has run out of data makes no steps, and the "
+                f"{self._kind} does not work inside join(): a rank that has run out of data makes no steps, and the "
                 "others of its group would wait for it. Give all ranks the same number of batches"
             )
-        if self._passes.begins(bucket, lambda: None):
-            replicas.begin_pass()
-        self._passes.ends(bucket)
+        if self._passes.begins(bucket, handle.end_pass):
+            handle.begin_pass()
+        future = self.give(handle, bucket)
+        if self._passes.ends(bucket):
+            handle.end_pass()
+        return future
+
+    def give(self, handle: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """What DDP is to take for a bucket."""
         return completed(bucket.buffer())

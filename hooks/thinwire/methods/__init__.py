@@ -4,5 +4,6 @@ from thinwire.methods.base import Method
 from thinwire.methods.block_sparse import BlockSparse, Dense, block_sparse
 from thinwire.methods.divide_and_shuffle import DivideAndShuffle
 from thinwire.methods.elastic import Elastic
+from thinwire.methods.local_steps import LocalSteps
 
-__all__ = ["BlockSparse", "Dense", "DivideAndShuffle", "Elastic", "Method", "block_sparse"]
+__all__ = ["BlockSparse", "Dense", "DivideAndShuffle", "Elastic", "LocalSteps", "Method", "block_sparse"]

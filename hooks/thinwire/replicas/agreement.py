@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from thinwire.methods import DivideAndShuffle
+from thinwire.methods import DivideAndShuffle, Method
 from thinwire.methods.schedules import Hosts, Partition
 from thinwire.replicas import hosts
 from thinwire.replicas.moments import moment_names, moments_every
@@ -21,10 +21,11 @@ _log = logging.getLogger("thinwire")
 
 def agreed_partitions(method: DivideAndShuffle, optimizer: Any, all_gather_object: Callable[[Any], list],
                       tensors: list[tuple[str, torch.Tensor]], check: Callable[[], None],
-                      consistency_every: int) -> tuple[Partition, ...]:  # fmt: skip
+                      consistency_every: int, asked: Method | None = None) -> tuple[Partition, ...]:  # fmt: skip
     """The cycle of partitions, for the hosts that the ranks are on. A collective, before any group is made.
 
-    tensors: (name, tensor) of all that is averaged. check: raises TypeError or ValueError for what cannot work.
+    tensors: (name, tensor) of all that is averaged. check: raises TypeError or ValueError for what cannot work. asked:
+    what the user has asked for, where that is more than ``method``.
     Raises ValueError, on every rank alike, where a rank's check did or the ranks differ.
     """
 
@@ -32,7 +33,7 @@ def agreed_partitions(method: DivideAndShuffle, optimizer: Any, all_gather_objec
         check()
         kinds = {name: f"{t.dtype} {t.numel()}" for name, t in tensors}
         every = moments_every(method, optimizer)
-        return method.describe() | {
+        return (method if asked is None else asked).describe() | {
             "model": f"{len(kinds)} parameters and buffers, digest {agree.digest_of(kinds)}",
             "consistency_every": str(consistency_every),
             "optimizer's state": f"{moment_names(optimizer)} every {every} rounds" if every else "not averaged",
@@ -40,7 +41,7 @@ def agreed_partitions(method: DivideAndShuffle, optimizer: Any, all_gather_objec
 
     found = tuple(agree.check_together(all_gather_object, introduce, hosts.mine()))
     partitions = method.partitions(len(found), found)
-    caution_groups(method, partitions)
+    caution_groups(method, partitions, type(method if asked is None else asked).__name__)
     if isinstance(method.schedule, Hosts) or method.schedule == "hosts":
         names = method.schedule.hosts if isinstance(method.schedule, Hosts) else None
         if len(set(names or found)) == 1:

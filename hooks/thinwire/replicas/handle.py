@@ -1,4 +1,5 @@
-"""A model whose replicas differ from rank to rank and are averaged in rounds: the handle of Divide-and-Shuffle."""
+"""A model whose replicas differ from rank to rank and are averaged in rounds: the handle of Divide-and-Shuffle, and of
+local steps in its groups."""
 
 import contextlib
 import logging
@@ -10,7 +11,7 @@ import torch
 
 from thinwire.consistency import measure as consistency
 from thinwire.core.stats import Stats, ring_all_reduce_bytes
-from thinwire.methods import DivideAndShuffle
+from thinwire.methods import DivideAndShuffle, LocalSteps
 from thinwire.methods.schedules import Partition
 from thinwire.replicas.means import Named, pieces
 from thinwire.replicas.moments import moment_names, moments_every
@@ -26,22 +27,27 @@ _REQUIRED = {
     "format": entries.FORMATS, "method": entries.DESCRIBED, "rank": entries.COUNT, "world_size": entries.RANKS,
     "round": entries.COUNT, "pending": entries.BY_NAME,
 }  # fmt: skip
+_OPTIONAL = {"since": entries.COUNT}
 
 
 class Replicas(Handle):
-    """One model, its optimizer and the rounds that average its replicas: the handle of DivideAndShuffle.
+    """One model, its optimizer and the rounds that average its replicas: the handle of DivideAndShuffle, and of
+    LocalSteps with a group_size, whose rounds are some steps apart.
 
     All methods but ``stats`` and ``state_dict`` are collectives: call them on every rank.
     """
 
     module: torch.nn.Module
-    method: DivideAndShuffle
     _gradients_wait = False
+    _since = 0  # steps since the last round
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, method: DivideAndShuffle,
                  groups: Any, partitions: tuple[Partition, ...], grad_scaler: torch.amp.GradScaler | None = None,
-                 ignored: Iterable[str] = (), consistency_every: int = 0, log: Any = None):  # fmt: skip
-        super().__init__(method, consistency_every, log)
+                 ignored: Iterable[str] = (), consistency_every: int = 0, log: Any = None,
+                 asked: DivideAndShuffle | LocalSteps | None = None):  # fmt: skip
+        """method: of a round. asked: what the user has asked for, where that is more."""
+        super().__init__(method if asked is None else asked, consistency_every, log)
+        self._by, self._apart = method, getattr(asked, "every", 1)
         self.module = module
         self._ignored = frozenset(ignored)
         self._trained: set[str] = set()
@@ -66,10 +72,12 @@ class Replicas(Handle):
     # ---- what a user calls ----
 
     def stats(self) -> dict[str, float]:
-        """As of any method, with rounds for steps and seconds of this thread: encode_s until the sums are started,
-        exchange_s waiting for them, decode_s writing the means. process_groups: how many this rank is in beside the
-        one of all ranks. Averages over all ranks outside the rounds are not counted."""
-        return super().stats() | {"process_groups": len(self._groups)}
+        """As of any method, with rounds for steps (of LocalSteps steps, and rounds beside them) and seconds of this
+        thread: encode_s until the sums are started, exchange_s waiting for them, decode_s writing the means.
+        process_groups: how many this rank is in beside the one of all ranks. Averages over all ranks outside the rounds
+        are not counted."""
+        rounds = {"rounds": self._rounds.done} if isinstance(self.method, LocalSteps) else {}
+        return super().stats() | {"process_groups": len(self._groups)} | rounds
 
     def begin_pass(self) -> None:
         """A backward pass gives gradients of this rank's own, for a step that has yet to come.
@@ -79,6 +87,9 @@ class Replicas(Handle):
         self._alone.passes()
         self._gradients_wait = True
 
+    def end_pass(self) -> None:
+        """It has given all."""
+
     def skip_step(self) -> None:
         """Take part in this step's round without a step of one's own.
 
@@ -86,6 +97,8 @@ class Replicas(Handle):
         GradScaler that was given to ``attach`` does it by itself.
         """
         if self.closed:
+            return
+        if self._between():
             return
         round_ = self._begin()
         for piece in pieces(self._parameters()):
@@ -153,7 +166,8 @@ class Replicas(Handle):
         waiting = (self._pending or {}).items()
         pending = {kind: {name: tensor.clone() for name, tensor in found.items()} for kind, found in waiting}
         return {"format": entries.FORMAT, "method": self.method.describe(), "rank": self._groups.rank,
-                "world_size": self._groups.size, "round": self._rounds.done, "pending": pending}  # fmt: skip
+                "world_size": self._groups.size, "round": self._rounds.done, "since": self._since,
+                "pending": pending}  # fmt: skip
 
     def load_state_dict(self, state: Any) -> None:
         """Continue from that round. Raises ValueError, with nothing changed, where the state does not fit.
@@ -167,7 +181,7 @@ class Replicas(Handle):
         shards = entries.shards_of(state)
         for shard in shards:
             self._check(shard)
-        entries.check_same(shards, ("round", "world_size"))
+        entries.check_same(shards, ("round", "since", "world_size"))
         here = {"rank": self._groups.rank, "world_size": self._groups.size}
         mine = next((shard for shard in shards if here.items() <= shard.items()), shards[0])
         for key, value in here.items() if any(shard["pending"] for shard in shards) else ():
@@ -184,10 +198,13 @@ class Replicas(Handle):
             _log.warning("thinwire: the state was saved with other settings: %s", "; ".join(changed))
         pending = {kind: {name: t.detach() for name, t in found.items()} for kind, found in mine["pending"].items()}
         self._rounds.done, self._pending, self._agreed = mine["round"], pending or None, False
+        self._since = mine.get("since", 0)
 
     def _check(self, shard):
         """Raise ValueError where a shard is not of DivideAndShuffle, or not of this model."""
-        entries.check_entries(shard, _REQUIRED, {}, "state of DivideAndShuffle")
+        entries.check_entries(shard, _REQUIRED, _OPTIONAL, f"state of {type(self.method).__name__}")
+        if shard.get("since", 0) >= self._apart:
+            entries.refuse("'since' of the state", shard["since"], f"below {self._apart}, the steps of a round")
         ours, theirs = self.method.describe()["method"], shard["method"].get("method")
         if theirs != ours:
             raise ValueError(f"load_state_dict: the state was saved with method={theirs} and this method has "
@@ -257,22 +274,45 @@ class Replicas(Handle):
     def _float_buffers(self) -> list[Named]:
         return float_buffers(self.module, self._ignored)
 
-    def _begin(self):
+    def _between(self):
+        """Count a step. Whether its round is yet to come; then it only brings in what was under way."""
+        if not self._agreed:
+            self._agree()
+        self._since += 1
+        if self._since < self._apart:
+            self._has_stepped()
+            self._settle()
+            self._stats.add(steps=1, dense_bytes=self._dense_bytes())
+            return True
+        self._since = 0
+        return False
+
+    def _agree(self):
+        """After a load: all ranks are in the same round, and as far in it."""
+        here = {"round": str(self._rounds.done), "steps since it": str(self._since)}
+        agree.require(self._groups.gather_objects(here))
+        self._agreed = True
+
+    def _has_stepped(self):
         self._refuse_if_evaluating("optimizer.step()")
         self._alone.stepped()
         self._gradients_wait = False
+
+    def _dense_bytes(self):
+        nbytes = sum(p.numel() * p.element_size() for _, p in self._parameters())
+        return ring_all_reduce_bytes(nbytes, self._groups.size)
+
+    def _begin(self):
+        self._has_stepped()
         if not self._agreed:
-            agree.require(self._groups.gather_objects({"round": str(self._rounds.done)}))
-            self._agreed = True
+            self._agree()
         self._settle()
-        parameters = self._parameters()
-        nbytes = sum(p.numel() * p.element_size() for _, p in parameters)
-        self._stats.dense_bytes += ring_all_reduce_bytes(nbytes, self._groups.size)
+        self._stats.dense_bytes += self._dense_bytes()
         return self._rounds.begin(self._moments_every)
 
     def _end(self, round_):
-        round_.send_rest(self._float_buffers() if self.method.average_buffers else ())
-        if self.method.overlap == "delayed":
+        round_.send_rest(self._float_buffers() if self._by.average_buffers else ())
+        if self._by.overlap == "delayed":
             self._in_flight = round_
         else:
             round_.finish()

@@ -23,8 +23,8 @@ def check_steps_in_pieces(optimizer: torch.optim.Optimizer) -> None:
 
 
 class StepHooks:
-    """Hooks on one optimizer. listener: the Replicas, whose ``stepped`` is called after every step; or
-    in_pieces, ``pieces_to_step`` and ``pieces_stepped``. grad_scaler: a step that it skips counts as a step.
+    """Hooks on one optimizer. listener: the handle, whose ``stepped`` is called after every step; or
+    in_pieces, ``pieces_to_step`` and ``pieces_stepped``. grad_scaler: where it skips one, ``skip_step`` is.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, listener: Any, in_pieces: bool,
@@ -88,7 +88,7 @@ class StepHooks:
         before = self._called
         result = step()
         if getattr(optimizer, "optimizer", optimizer) is self._optimizer and self._called == before:
-            self._listener.stepped()
+            self._listener.skip_step()
         return result
 
     def _restrict(self, keep):

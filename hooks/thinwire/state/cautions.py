@@ -4,12 +4,13 @@ import logging
 
 import torch
 
-from thinwire.methods import BlockSparse, DivideAndShuffle, Method
+from thinwire.methods import BlockSparse, DivideAndShuffle, LocalSteps, Method
 from thinwire.methods.block_sparse import RANDOM
 from thinwire.methods.schedules import Partition
 from thinwire.state.suggest import final_density, suggest
 
 _log = logging.getLogger("thinwire")
+HIGH_BETA1 = 0.9  # Adam's default
 
 
 def caution(method: Method, optimizer: torch.optim.Optimizer | None, world_size: int) -> None:
@@ -44,11 +45,21 @@ def _caution_momentum(method, optimizer, world_size):
                  kind, name, own, delay, also, found.factor, found.lr, otherwise)  # fmt: skip
 
 
-def caution_groups(method: DivideAndShuffle, partitions: tuple[Partition, ...]) -> None:
+def caution_groups(method: DivideAndShuffle, partitions: tuple[Partition, ...],
+                   name: str = "DivideAndShuffle") -> None:  # fmt: skip
     """Warn where every round has one group, of all ranks, and averages all of the parameters."""
     if method.blocks is None and all(len(partition) == 1 for partition in partitions):
         ranks = len(partitions[0][0])
         if ranks > 1:
-            _log.warning("thinwire: DivideAndShuffle has groups of %d on %d ranks: that is one group of all, so every "
+            _log.warning("thinwire: %s has groups of %d on %d ranks: that is one group of all, so every "
                          "round is a plain average of all parameters, which saves no bytes: it is for more ranks than "
-                         "a group has", ranks, ranks)  # fmt: skip
+                         "a group has", name, ranks, ranks)  # fmt: skip
+
+
+def caution_local(method: LocalSteps, optimizer: torch.optim.Optimizer, world_size: int) -> None:
+    """Warn of a high beta1 of Adam beside the momentum of the outer optimizer."""
+    found = suggest(method, optimizer, world_size)
+    if world_size > 1 and found.was_beta1 >= HIGH_BETA1 > (found.beta1 or 0.0):
+        _log.warning("thinwire: %s's beta1 of %g beside LocalSteps' outer momentum of %g can train worse than a lower "
+                     "one: begin a search at %g (thinwire.suggest(method, optimizer) says why)",
+                     type(optimizer).__name__, found.was_beta1, method.outer_momentum, found.beta1)  # fmt: skip

@@ -25,6 +25,10 @@ def check_model(ddp: Any, hook_allowed: bool = False) -> None:
             ("To change thinwire's method, call close() on the handle that attach returned, and attach again"
              if names == ["thinwire's"] else "Take out what registers it, and wrap the model anew")
         )  # fmt: skip
+    if any(isinstance(part, DistributedDataParallel) for part in ddp.module.modules()):
+        raise ValueError(
+            "there is a DistributedDataParallel inside this one: each averages the same gradients: wrap the model once"
+        )
     if getattr(ddp, "_use_python_reducer", False):
         raise ValueError(
             "under torch._dynamo.config.optimize_ddp = 'python_reducer' DistributedDataParallel gives its hook single "

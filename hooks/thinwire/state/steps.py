@@ -31,19 +31,23 @@ class Steps:
 
     named: names by parameter. optimizer: None where it is not known: then nothing is ever found to be dropped, and
     what was cleared counts as taken, as it does for parameters that are not the optimizer's. drop and keep: called
-    with names of parameters whose open passes are dropped or taken, and with the number of the step.
+    with names of parameters whose open passes are dropped or taken, and with the number of the step. dropped: called
+    where that was all that was open, so that a step has been left out. apart: whether ``take_in`` must tell passes of
+    one step apart, which costs a copy of the gradients.
 
     Raises RuntimeError out of a backward pass, on every rank that trains alike, where parameters change again and
     again and the optimizer makes no step: it is not the one that trains them.
     """
 
     def __init__(self, named: Mapping[torch.Tensor, str], optimizer: torch.optim.Optimizer | None,
-                 drop: Callable[[set[str], int], None], keep: Callable[[set[str], int], None]):  # fmt: skip
+                 drop: Callable[[set[str], int], None], keep: Callable[[set[str], int], None],
+                 dropped: Callable[[], None] = lambda: None, apart: bool = True):  # fmt: skip
         self._optimizer = optimizer
-        self._drop, self._keep = drop, keep
+        self._drop, self._keep, self._dropped, self._apart = drop, keep, dropped, apart
         self._number = 0
         self._named: dict[torch.Tensor, str] = {}
-        self._open: dict[torch.Tensor, bool] = {}  # whether its gradient may be zero without having been cleared
+        # Whether its gradient may be zero without having been cleared.
+        self._open: dict[torch.Tensor, bool | torch.Tensor] = {}
         self._found: dict[torch.Tensor, torch.Tensor] = {}  # what a parameter's next pass begins with
         self._in_pass: set[torch.Tensor] = set()
         self._void: set[torch.Tensor] = set()
@@ -82,11 +86,13 @@ class Steps:
         if not self._open:  # not a further pass of a step, between which loops may move parameters as they like
             self._alone.passes()
 
-    def take_in(self, parameters: list[torch.Tensor], may_be_zero: bool = False) -> dict[int, torch.Tensor]:
+    def take_in(self, parameters: list[torch.Tensor],
+                may_be_zero: bool | torch.Tensor = False) -> dict[int, torch.Tensor]:  # fmt: skip
         """The pass gives gradients of these parameters. Returns what was in them, of earlier passes of the same step,
         by place in the list: this pass's own is what is there less that.
 
-        may_be_zero: what comes of it may be zero everywhere, so that zeros will not say that it was cleared.
+        may_be_zero: what comes of it may be zero everywhere, so that zeros will not say that it was cleared; a 0-d bool
+        is read only where that is asked.
         """
         found = {i: self._found.pop(p) for i, p in enumerate(parameters) if p in self._found}
         self._in_pass.update(parameters)
@@ -105,16 +111,22 @@ class Steps:
         owned = _owned_by(self._optimizer) if cleared else set()
         self._forget(cleared & owned, self._drop)
         self._forget(cleared - owned, self._keep)
+        if cleared & owned and not self._open and not self._alone.inside:
+            self._dropped()
 
     @property
     def open(self) -> bool:
         """Whether a pass is."""
         return bool(self._open)
 
-    def skip(self) -> None:
-        """The gradients of all open passes will not be used."""
-        self._void.update(self._open)
+    def skip(self, void: bool = True) -> None:
+        """The gradients of all open passes will not be used. void: nor may what is left of them."""
+        was_open = self.open
+        if void:
+            self._void.update(self._open)
         self._forget(set(self._open), self._drop)
+        if was_open:
+            self._dropped()
 
     def forget(self) -> None:
         """What passes have given is no more: another state has been loaded."""
@@ -168,7 +180,7 @@ class Steps:
             if backward != self._backward:  # of one, the first; reentrant checkpointing has several in one
                 self.refuse_void()
                 self.look()
-                for p in self._open:
+                for p in self._open if self._apart else ():
                     if p not in self._in_pass and p not in self._found and p.grad is not None:
                         self._found[p] = p.grad.detach().clone()
             self._backward = backward
@@ -200,12 +212,12 @@ class Alone:
         self._passes = self._changes = 0
         self._allowed = AT_FIRST
         self._seen: torch.Tensor | None = None
-        self._inside = False
+        self.inside = False
 
     def passes(self) -> None:
         """A backward pass begins."""
         self._passes += 1
-        if self._optimizer is None or self._inside or self._passes == 1:
+        if self._optimizer is None or self.inside or self._passes == 1:
             return
         now = _sample(self._optimizer)
         if self._seen is not None and not torch.equal(now, self._seen):
@@ -222,11 +234,11 @@ class Alone:
     def stepped(self) -> None:
         """The optimizer has made a step."""
         self._passes = self._changes = 0
-        self._allowed, self._seen, self._inside = LATER, None, False
+        self._allowed, self._seen, self.inside = LATER, None, False
 
     def enters(self) -> None:
         """The optimizer begins a step: a closure may make passes in it."""
-        self._inside = True
+        self.inside = True
 
     def close(self) -> None:
         if self._handle is not None:
