@@ -4,12 +4,14 @@ turns in one process, in test_horovod.py on those that ``horovodrun`` starts wit
 usage: python horovod_checks.py DIRECTORY [NAME ...]     each rank writes DIRECTORY/RANK.jsonl, a line a check
 """
 import contextlib
+import gc
 import io
 import json
 import logging
 import os
 import random
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -19,10 +21,14 @@ from pathlib import Path
 import models
 import thinwire
 import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
 from simulated import Simulated
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, ops
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps, ops
 from thinwire.core.blocks import Layout
 from thinwire.elastic.lateness import heaviest
+from thinwire.local import steps as local_steps
+from thinwire.replicas import means
 
 try:
     import horovod.torch as hvd
@@ -89,6 +95,8 @@ def label(method):
         return "dense"
     if isinstance(method, DivideAndShuffle):
         return f"{method.schedule}-{method.overlap}"
+    if isinstance(method, LocalSteps):
+        return f"{label(method.method)}-{method.method.wire_dtype}-overlap{method.overlap}"
     options = [option for option in ("momentum", "warmup_steps") if getattr(method, option)]
     return "-".join([models.label(method), *options])
 
@@ -1520,6 +1528,339 @@ def shuffled_skips():
         scaler.step(optimizer)
         scaler.update()
     assert averager.stats()["steps"] == 4 and same_everywhere(model)
+
+
+# ---- local steps ----
+
+
+WEIGHTS = BlockSparse("nominated", density=0.25, block_size=16, memory="weights", wire_dtype="int4")
+PLAIN = dict(outer_lr=1.0, outer_momentum=0.0)
+
+
+@contextlib.contextmanager
+def compared_anchors():
+    """After every round ranks compare digests of their anchors; these travel in pieces, as large models' do."""
+    kept = means.PIECE_BYTES, local_steps.DEBUG
+    means.PIECE_BYTES, local_steps.DEBUG = 4000, True
+    try:
+        yield
+    finally:
+        means.PIECE_BYTES, local_steps.DEBUG = kept
+
+
+@contextlib.contextmanager
+def process_group():
+    """The same ranks as torch.distributed has them."""
+    store = hvd.broadcast_object(tempfile.mktemp(prefix="thinwire-checks-"), 0, name="checks.store")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=hvd.rank(), world_size=hvd.size())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def with_statistics(seed=0):
+    return torch.nn.Sequential(small(2, seed), torch.nn.BatchNorm1d(WIDTH), small(1, seed))
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step_locally(model, optimizer, batches, steps=1):
+    for _ in range(steps):
+        step_shuffled(model, optimizer, next(batches))
+
+
+def buffers_and_all(model):
+    return models.flat([*model.parameters(), *model.buffers()])
+
+
+@check(LocalSteps(3, overlap=0), LocalSteps(3, overlap=1), LocalSteps(3, WEIGHTS, overlap=2), ranks=(2,),
+       on_real=(LocalSteps(3, overlap=0), LocalSteps(3, overlap=1)), simulated=False)  # fmt: skip
+@check(LocalSteps(2, Dense("int2", "error_feedback"), overlap=1), ranks=(3,), real=(), simulated=False)
+def local_rounds(method):
+    """The bits that DDP gives for the same batches: each rank's own weights, the anchor and what waits in a memory."""
+    ends = []
+    for with_ddp in (False, True):
+        with process_group() if with_ddp else contextlib.nullcontext(), compared_anchors():
+            model = with_statistics()
+            optimizer = adamw(model)
+            if with_ddp:
+                trained = torch.nn.parallel.DistributedDataParallel(model)
+                handle = thinwire.attach(trained, method, optimizer=optimizer)
+            else:
+                trained, handle = model, thinwire.horovod.LocalSteps(model, optimizer, method)
+            step_locally(trained, optimizer, data(), 10)
+            own, state = models.flat(model.parameters()), handle.state_dict()
+            assert not same_everywhere(model)
+            with handle.evaluating():
+                assert same_everywhere(model)
+            handle.finalize()
+            assert same_everywhere(model)
+            ends.append((own, buffers_and_all(model), state, handle.stats()))
+            handle.close()
+    mine, theirs = ends
+    assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+    assert mine[2]["step"] == 10 and mine[2]["round"] == 10 // method.every
+    for kind in ("anchor", "momentum", "buffers"):
+        assert mine[2][kind].keys() == theirs[2][kind].keys()
+        assert all(torch.equal(one, theirs[2][kind][name]) for name, one in mine[2][kind].items()), kind
+    for kind, held in mine[2]["memory"].items():
+        assert all(torch.equal(one, theirs[2]["memory"][kind][name]) for name, one in held.items())
+    for figure in ("steps", "rounds", "bytes_sent", "dense_bytes"):
+        assert mine[3][figure] == theirs[3][figure], figure
+
+
+@check(ranks=(2,), simulated=False)
+def local_models_side_by_side():
+    """Rounds of two models and a Compressor's exchanges of a third are under way at once and never meet."""
+    with compared_anchors():
+        trained = []
+        for seed, method in enumerate((LocalSteps(2, overlap=2), LocalSteps(3, WEIGHTS, overlap=1))):
+            model = small(seed=seed)
+            optimizer = adamw(model)
+            trained.append((model, optimizer, data(seed), thinwire.horovod.LocalSteps(model, optimizer, method)))
+        third = small(seed=5)
+        optimizer, _ = setup(third, INT4)
+        trained.append((third, optimizer, data(), None))
+        for _ in range(12):
+            for model, optimizer, batches, _ in trained:
+                step_locally(model, optimizer, batches)
+        assert same_everywhere(third)
+        for seed, (model, _, _, handle) in enumerate(trained[:2]):
+            with handle.evaluating():
+                assert same_everywhere(model)
+            handle.close()
+            alone = small(seed=seed)
+            optimizer = adamw(alone)
+            again = thinwire.horovod.LocalSteps(alone, optimizer, handle.method)
+            step_locally(alone, optimizer, data(seed), 12)
+            again.close()
+            assert gap(alone, model) == 0.0
+
+
+@check(LocalSteps(4, overlap=2), LocalSteps(4, WEIGHTS, overlap=2), ranks=(2,), on_real=(LocalSteps(4, overlap=2),),
+       simulated=False)  # fmt: skip
+def local_resumes(method):
+    """In the middle of a flight, after Horovod's own broadcast as loops have it, bit for bit."""
+    model = with_statistics()
+    optimizer, batches = adamw(model), data()
+    handle = thinwire.horovod.LocalSteps(model, optimizer, method)
+    step_locally(model, optimizer, batches, 5)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), handle.state_dict()], file)
+    step_locally(model, optimizer, batches, 6)
+    handle.close()
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved[2]["flight"]
+    resumed = with_statistics(seed=9)
+    optimizer = adamw(resumed)
+    handle = thinwire.horovod.LocalSteps(resumed, optimizer, method)
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    handle.load_state_dict(saved[2])
+    batches = data()
+    for _ in range(5):
+        next(batches)
+    step_locally(resumed, optimizer, batches, 6)
+    handle.close()
+    assert torch.equal(buffers_and_all(model), buffers_and_all(resumed))
+
+
+@check(ranks=(2,), simulated=False)
+def local_loops():
+    """A step is a step, whatever the loop is: one that a rank leaves out, or of several passes, or in a closure."""
+    for loop in ("scaler", "left out", "said", "accumulated", "masked", "closure", "thawed", "checkpointed"):
+        model, batches, rank = small(), data(), hvd.rank()
+        optimizer, made = models.sgd(model), 0
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=loop == "scaler")
+        options = {"grad_scaler": scaler} if loop == "scaler" else {}
+        loss = lambda model=model, batches=batches: loss_of(model, next(batches))
+        with compared_anchors():
+            model[0].weight.requires_grad_(loop != "thawed")
+            handle = thinwire.horovod.LocalSteps(model, optimizer, LocalSteps(3), **options)
+            for t in range(12):
+                skipped = rank == 1 and t in (2, 5, 11)
+                if loop == "closure":
+                    for _ in range(2):  # passes that the optimizer takes in one step
+
+                        def closure(loss=loss, optimizer=optimizer):
+                            optimizer.zero_grad()
+                            found = loss()
+                            found.backward()
+                            return found
+
+                    optimizer.step(closure)
+                    continue
+                optimizer.zero_grad(set_to_none=t % 2 == 0)
+                if loop == "thawed" and t == 4:  # nothing else is trained from then on
+                    for p in model.parameters():
+                        p.requires_grad_(p is model[0].weight)
+                if loop == "checkpointed":
+                    x, y = next(batches)
+                    for layer in model:
+                        x = torch.utils.checkpoint.checkpoint(layer, x.requires_grad_(), use_reentrant=True)
+                    ((x - y) ** 2).mean().backward()
+                for i in range(3 if loop in ("accumulated", "masked") else loop != "checkpointed"):
+                    factor = {"scaler": float("inf"), "masked": float(i == 2)}.get(loop, 1.0) if skipped else 1.0
+                    scaler.scale(loss() * factor).backward()
+                if skipped and loop == "said":
+                    handle.skip_step()
+                elif not (skipped and loop == "left out"):
+                    scaler.step(optimizer)
+                    scaler.update()
+                made += 1
+            handle.finalize()
+        stats = handle.stats()
+        handle.close()
+        assert (stats["steps"], stats["rounds"]) == (12, 5), (loop, stats)
+        assert same_everywhere(model), loop
+
+
+@check(ranks=(2, 3), real=(2,), simulated=False)
+def local_warm_up():
+    """hvd.DistributedOptimizer's to rounding: passes that add up, parameters that some ranks do not use, or none does.
+    One that is frozen is left alone, and then trained."""
+    used_by = [lambda r: {0, 1, 2}, lambda r: {0}, lambda r: {r % 2}, lambda r: {1, 2} if r else {0}]
+    ends = []
+    for warm in (True, False):
+        model = Heads()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        trunk = model.trunk.weight.requires_grad_(False)
+        before = trunk.detach().clone()
+        if warm:
+            method = LocalSteps(2, overlap=0, warmup_steps=6)
+            handle = thinwire.horovod.LocalSteps(model, optimizer, method)
+        else:
+            optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), backward_passes_per_step=2)
+        batches = data()
+        for t in range(6):
+            optimizer.zero_grad()
+            for i in range(2):
+                x, y = next(batches)
+                ((model(x, used_by[(t + i) % 4](hvd.rank())) - y) ** 2).mean().backward()
+            optimizer.step()
+            assert same_everywhere(model)
+        assert torch.equal(trunk, before)
+        ends.append(models.flat(model.parameters()))
+        if warm:
+            assert not handle.stats()["rounds"]
+            trunk.requires_grad_(True)
+            for _ in range(4):
+                x, y = next(batches)
+                optimizer.zero_grad()
+                ((model(x, {0, 1, 2, 3}) - y) ** 2).mean().backward()
+                optimizer.step()
+            assert handle.stats()["rounds"] == 2 and same_everywhere(model) and not torch.equal(trunk, before)
+            handle.close()
+    close(*ends, 1e-5)
+
+
+@check(ranks=(2,), simulated=False)
+def local_warm_up_with_a_scaler():
+    """In the warm-up an overflow on one rank skips the step on all, as with averaged gradients; later, on that one."""
+    model, batches = small(), data()
+    optimizer, scaler = models.sgd(model), torch.amp.GradScaler("cpu", init_scale=64.0)
+    method = LocalSteps(2, overlap=0, warmup_steps=4)
+    handle = thinwire.horovod.LocalSteps(model, optimizer, method, grad_scaler=scaler)
+    for t in range(8):
+        before = models.flat(model.parameters())
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, next(batches)) * (float("inf") if t in (1, 4) and hvd.rank() else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        stayed = torch.equal(before, models.flat(model.parameters()))
+        assert stayed == (t == 1 or (t == 4 and hvd.rank() == 1)), t
+        assert t >= 4 or same_everywhere(model)
+    assert handle.stats()["steps"] == 8 and handle.stats()["rounds"] == 2 and same_everywhere(model)
+    handle.close()
+
+
+@check(ranks=(2,), simulated=False)
+def local_steps_end():
+    """close() averages what there is, leaves no thread and no hook, and says that nothing averages from then on."""
+    couriers = lambda: sum(one.name == "thinwire" for one in threading.enumerate())
+    model, batches = small(), data()
+    optimizer = models.sgd(model)
+    handle = thinwire.horovod.LocalSteps(model, optimizer, LocalSteps(3, overlap=2))
+    step_locally(model, optimizer, batches, 4)
+    assert couriers() == 1
+    loss_of(model, next(batches)).backward()
+    raised(RuntimeError, handle.close, "between backward")
+    optimizer.step()
+    with logged() as said:
+        handle.close()
+        handle.close()
+    assert len(said) == 1 and "hvd.DistributedOptimizer" in said[0]
+    assert same_everywhere(model)
+    last = time.monotonic() + 5
+    while couriers() and time.monotonic() < last:
+        time.sleep(0.01)
+    assert couriers() == 0
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters())
+    step_locally(model, optimizer, batches, 2)
+    assert same_everywhere(model) and handle.stats()["steps"] == 5
+
+
+@check(ranks=(2,), simulated=False)
+def local_steps_without_their_handle():
+    """The optimizer keeps them; where that is gone too, a backward pass says so."""
+    model, batches = small(), data()
+    optimizer = models.sgd(model)
+    thinwire.horovod.LocalSteps(model, optimizer, LocalSteps(2, overlap=0))
+    gc.collect()
+    step_locally(model, optimizer, batches, 4)
+    assert same_everywhere(model)
+    del optimizer
+    gc.collect()
+    raised(RuntimeError, lambda: loss_of(model, next(batches)).backward(), "is gone", "close()")
+
+
+@check(ranks=(2,), simulated=False)
+def local_refusals():
+    model = small(2)
+    plain = models.sgd(model)
+    of = lambda method=None, model=model, optimizer=plain: lambda: thinwire.horovod.LocalSteps(model, optimizer, method)
+    wrapped = hvd.DistributedOptimizer(models.sgd(model), model.named_parameters())
+    raised(TypeError, of(optimizer=wrapped), "rank 0, 1", "plain one")
+    raised(TypeError, of(INT4), "must be a thinwire.LocalSteps", "as its method=")
+    raised(TypeError, of(thinwire.horovod.LocalSteps), "must be a thinwire.LocalSteps")
+    raised(ValueError, of(optimizer=models.sgd(small(2))), "does not own")
+    raised(ValueError, of(LocalSteps(3 + hvd.rank())), "every: 3 on rank 0, 4 on rank 1")
+    other = small(2, seed=hvd.rank())
+    optimizer = models.sgd(other)
+    handle = of(model=other, optimizer=optimizer)()
+    raised(ValueError, lambda: loss_of(other, next(data())).backward(), "hvd.broadcast_parameters")
+    hvd.broadcast_parameters(other.state_dict(), root_rank=0)
+    optimizer.zero_grad()
+    step_locally(other, optimizer, data(), 3)
+    handle.close()
+    assert same_everywhere(other)
+
+
+@check(LocalSteps(3, group_size=2, schedule="ring", overlap=0), ranks=(3,), simulated=False)
+def local_steps_in_groups(method):
+    """Against local steps and averages of every third one written out."""
+    model, alone = small(), small()
+    optimizer, alone_optimizer = models.sgd(model, momentum=0.9), models.sgd(alone, momentum=0.9)
+    handle = thinwire.horovod.LocalSteps(model, optimizer, method, process_sets=[PAIR])
+    batches, alone_batches = data(), data()
+    partitions = method.in_groups().partitions(hvd.size())
+    for t in range(1, 10):
+        step_shuffled(model, optimizer, next(batches))
+        step_shuffled(alone, alone_optimizer, next(alone_batches))
+        if t % 3 == 0:
+            members = next(group for group in partitions[(t // 3 - 1) % len(partitions)] if hvd.rank() in group)
+            with torch.no_grad():
+                mean = everyone(torch.nn.utils.parameters_to_vector(alone.parameters()))[list(members)].mean(0)
+                torch.nn.utils.vector_to_parameters(mean, alone.parameters())
+        assert gap(alone, model) < 1e-6
+    assert handle.stats()["rounds"] == 3 and handle.stats()["steps"] == 9
+    handle.finalize()
+    assert same_everywhere(model)
 
 
 def main(directory, names):

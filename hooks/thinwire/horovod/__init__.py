@@ -1,4 +1,5 @@
-"""The front door for Horovod: a compressor for ``hvd.DistributedOptimizer``, and replicas averaged in process sets."""
+"""The front door for Horovod: a compressor for ``hvd.DistributedOptimizer``, local steps, and replicas averaged in
+process sets."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,10 +8,11 @@ import torch
 
 from thinwire.horovod.compressor import GradientCompressor
 from thinwire.horovod.elastic import ElasticCompressor
+from thinwire.horovod.local import LocalSteps
 from thinwire.horovod.replicas import DivideAndShuffleAverager
 from thinwire.methods import Elastic, Method
 
-__all__ = ["Compressor", "DivideAndShuffleAverager", "ElasticCompressor", "GradientCompressor"]
+__all__ = ["Compressor", "DivideAndShuffleAverager", "ElasticCompressor", "GradientCompressor", "LocalSteps"]
 
 
 def Compressor(named_parameters: Iterable[tuple[str, torch.Tensor]], method: Method, *, process_set: Any = None,

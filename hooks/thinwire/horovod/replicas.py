@@ -10,7 +10,8 @@ import torch
 
 from thinwire.consistency.measure import check_log
 from thinwire.horovod.stock import hvd, require
-from thinwire.methods import DivideAndShuffle
+from thinwire.local.checks import check_local
+from thinwire.methods import DivideAndShuffle, LocalSteps
 from thinwire.methods.schedules import Group, Partition
 from thinwire.replicas.agreement import agreed_partitions, check_optimizer
 from thinwire.replicas.groups import needed
@@ -29,32 +30,37 @@ class DivideAndShuffleAverager(Replicas):
     model: after ``hvd.broadcast_parameters``. optimizer: the plain one, not ``hvd.DistributedOptimizer``, which would
     average gradients first. process_sets: those that ``hvd.init`` was given, if any; the others that the schedule
     needs are added, for which Horovod needs HOROVOD_DYNAMIC_PROCESS_SETS=1. They stay until Horovod shuts down and
-    are used again by further averagers. grad_scaler, consistency_every, log: as for ``thinwire.attach``.
+    are used again by further averagers. grad_scaler, consistency_every, log: as for ``thinwire.attach``. method: a
+    ``DivideAndShuffle``; ``thinwire.horovod.LocalSteps`` gives it a ``LocalSteps`` with a group_size.
 
     Make one on every rank. Raises TypeError or ValueError, on every rank, for what cannot work, ImportError without
     Horovod, RuntimeError where Horovod does not let process sets be added.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                 method: DivideAndShuffle | None = None, *, process_sets: Iterable = (),
+                 method: DivideAndShuffle | LocalSteps | None = None, *, process_sets: Iterable = (),
                  grad_scaler: torch.amp.GradScaler | None = None, consistency_every: int = 0,
                  log: Any = None):  # fmt: skip
         require()
         method = DivideAndShuffle() if method is None else method
+        in_groups = isinstance(method, LocalSteps) and method.group_size is not None
+        rounds: Any = method.in_groups() if in_groups else method  # type: ignore[union-attr]
         parameters = [(name, p) for p, name in parameter_names(model).items()]
 
         def check():
-            _check(method, optimizer, parameters)
+            _check(rounds, optimizer, parameters)
+            if in_groups:
+                check_local(method, model, optimizer, parameters)
             check_grad_scaler(grad_scaler, steps=True)
             check_log(consistency_every, log)
 
         partitions = agreed_partitions(
-            method, optimizer, lambda thing: hvd.allgather_object(thing, name="thinwire.shuffle.agree"),
-            parameters + float_buffers(model), check, consistency_every,
+            rounds, optimizer, lambda thing: hvd.allgather_object(thing, name="thinwire.shuffle.agree"),
+            parameters + float_buffers(model), check, consistency_every, method,
         )  # fmt: skip
         _sets.update({tuple(sorted(one.ranks)): one for one in process_sets})
-        super().__init__(model, optimizer, method, ProcessSets(partitions), partitions, grad_scaler,
-                         consistency_every=consistency_every, log=log)  # fmt: skip
+        super().__init__(model, optimizer, rounds, ProcessSets(partitions), partitions, grad_scaler,
+                         consistency_every=consistency_every, log=log, asked=method)  # fmt: skip
         self._pass_hook = parameters[0][1].register_post_accumulate_grad_hook(_beginning(weakref.ref(self)))
 
     def close(self) -> None:
@@ -133,11 +139,16 @@ def _added(members):
         ) from error
 
 
+def check_plain(optimizer: Any) -> None:
+    """Raise TypeError for an optimizer of Horovod's, which averages gradients."""
+    if hasattr(optimizer, "_allreduce_grad_async"):
+        raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients: pass the plain one")
+
+
 def _check(method, optimizer, parameters):
     if not isinstance(method, DivideAndShuffle):
         raise TypeError(f"method is {method!r}: it must be a DivideAndShuffle")
-    if hasattr(optimizer, "_allreduce_grad_async"):
-        raise TypeError("optimizer is an hvd.DistributedOptimizer, which averages gradients: pass the plain one")
+    check_plain(optimizer)
     for name, parameter in parameters:
         check_gradient(name, parameter)
     check_optimizer(method, optimizer, parameters)
