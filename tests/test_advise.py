@@ -1,6 +1,7 @@
 """thinwire.advise: it leaves no trace, all ranks get the same, what it rehearses is what is sent; the command line."""
 import copy
 import io
+import math
 import multiprocessing
 import os
 import random
@@ -17,19 +18,20 @@ import torch
 import torch.distributed as dist
 from advice import predictions as benchmark
 from models import equal_on_all_ranks, mlp, sgd, step, wrap
-from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic
-from thinwire.advice import candidates, link, own_step, trial
+from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps
+from thinwire.advice import candidates, link, own_step, rounds, trial
 from thinwire.advice import verdict as advice
 from thinwire.advice.candidates import Candidate
 from thinwire.advice.command import AVERAGED, Watch
 from thinwire.advice.cost import Collective, Compute, Link, Local, Start, Wait
 from thinwire.advice.rehearsal import Bucket, Echo, Refused, rehearse
+from thinwire.advice.rounds import Round
 from thinwire.advice.saves import Saves
 from thinwire.core.exchange import gather_objects
 from torch import nn
 
 forkserver = multiprocessing.get_context("forkserver")  # which ranks.py has import torch
-METHODS = ["fp16", "powersgd-1", BlockSparse("nominated", density=0.1), DivideAndShuffle(2)]
+METHODS = ["fp16", "powersgd-1", BlockSparse("nominated", density=0.1), DivideAndShuffle(2), LocalSteps(every="auto")]
 OPTIONS = [{}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}]
 
 
@@ -161,13 +163,17 @@ def test_all_ranks_get_the_same_advice(ranks):
     assert first.rows[0].label == "plain DDP" and first.rows[0].speedup == 1
     asked = [candidates.candidate(what, gloo=True).label for what in candidates.by_default(4, gloo=True)]
     labels = [row.label for row in first.rows]
+    (local,) = (row for row in first.rows if isinstance(row.what, LocalSteps))
+    asked[asked.index("LocalSteps(every='auto')")] = local.label
+    assert local.label == f"LocalSteps(every={local.what.every})" and local.what.every in (1, 2, 4, 8, 16, 32, 64)
     assert set(asked) < set(labels) and len(labels) == len(asked) + 1 + advice.HALVED
     assert sum("bfloat16" in label for label in labels) == 1 + advice.HALVED and not first.left_out
     assert "DivideAndShuffle(2)" in labels and "PyTorch's PowerSGD, rank 4" in labels
     steps = [row.step_s for row in first.rows[1:]]
     assert steps == sorted(steps) and min(steps) > 0
     text = str(first)
-    assert all(label in text for label in labels) and text.endswith(first.conclusion)
+    assert all(label in text for label in labels) and text.endswith(f"{first.conclusion}\n{advice.OF_LOCAL_STEPS}")
+    assert "optimizer=" in advice.OF_LOCAL_STEPS and "handle.evaluating()" in advice.OF_LOCAL_STEPS
     assert max(map(len, text.splitlines())) < 200
 
 
@@ -198,6 +204,73 @@ def test_what_is_rehearsed_is_what_is_sent(ranks, method):
         # whole bytes, a bucket at a time.
         union = getattr(method, "selection", "") == "nominated"
         assert predicted == pytest.approx(sent, rel=0.25 if union else 0, abs=6 if method.of_backend else 0)
+
+
+ROUNDS = [LocalSteps(every=4), LocalSteps(every=4, average_buffers=False), LocalSteps(every=2, method=Dense()),
+          LocalSteps(every=2, method=BlockSparse("topk", density=0.1, block_size=16)), LocalSteps(group_size=2),
+          LocalSteps(every=8, group_size=2, overlap=0), LocalSteps(every=7, fragments=2)]  # fmt: skip
+
+
+def predicts_rounds(rank, n, method):
+    """Bytes of a step as predicted, and as estimated."""
+    model = Noisy()
+    ddp = wrap(model)
+    found = thinwire.advise(ddp, lambda: next(batches(rank)), loss_fn, optimizer=sgd(model), methods=[method], steps=1)
+    assert found.rows[1].step_s > 0
+    return found.rows[1].bytes_sent, thinwire.estimate(method, model, n)["bytes_sent"]
+
+
+@pytest.mark.parametrize("method", ROUNDS, ids=candidates.label)
+def test_a_step_of_a_round_sends_what_is_estimated(ranks, method):
+    for predicted, estimated in ranks(4).run(predicts_rounds, method, seconds=60):
+        assert predicted == pytest.approx(estimated)
+
+
+@pytest.mark.parametrize(("exchange_s", "overlap", "every"), [
+    (0.05, 0, 1), (0.1, 0, 2), (0.2, 0, 4), (1.0, 0, 32), (5.0, 0, 64),
+    (0.5, 1, 1), (1.0, 1, 1), (1.04, 1, 1), (1.8, 1, 16), (9.0, 1, 64), (4.0, 4, 4), (4.5, 4, 16), (0.5, 80, 80),
+    (0.5, "auto", 1), (3.5, "auto", 4), (200.0, "auto", 64),
+])  # fmt: skip
+def test_the_shortest_round_that_costs_a_twentieth_or_is_hidden_is_proposed(exchange_s, overlap, every):
+    """Of steps of 1 s."""
+    one = Round(exchange_s, held_up_s=0.01, sent=8e6)
+    found = one.settled(LocalSteps(every="auto", overlap=overlap), step_s=1.0)
+    assert found.every == every and found.overlap == (min(math.ceil(exchange_s), 64) if overlap == "auto" else overlap)
+    waited = max(0.0, exchange_s - found.overlap)
+    assert one.step_s(found, 1.0) == pytest.approx(1 + (0.01 + waited) / every)
+    assert every == 64 or waited <= 0.05 * every * (1 + 1e-9)
+
+
+def test_what_is_given_stays_and_is_shared_out_over_the_round():
+    one = Round(exchange_s=2.5, held_up_s=0.1, sent=8e6)
+    assert one.settled(LocalSteps(every=8), 1.0) == LocalSteps(every=8)
+    assert one.step_s(LocalSteps(every=8), 1.0) == pytest.approx(1 + (0.1 + 1.5) / 8)
+    assert one.step_s(LocalSteps(every=8, overlap=0), 1.0) == pytest.approx(1 + (0.1 + 2.5) / 8)
+    assert one.step_s(LocalSteps(every=8, overlap=4), 1.0) == pytest.approx(1 + 0.1 / 8)
+    # A round begins as soon as the one before is there.
+    assert one.settled(LocalSteps(every=8, overlap="auto"), 1.0) == LocalSteps(every=3, overlap=3)
+    assert one.settled(LocalSteps(every=2, overlap="auto"), 1.0) == LocalSteps(every=2, overlap=2)
+
+
+def test_fragments_take_turns():
+    """Each takes 1.5 s, of steps of 1 s, and is sent once in a round."""
+    one = Round(exchange_s=1.5, held_up_s=0.1, sent=8e6)
+    method = LocalSteps(every=9, fragments=2)
+    assert one.settled(method, 1.0) == method
+    assert one.step_s(method, 1.0) == pytest.approx(1 + 0.1 / 8 + 0.5 / 4) and one.sent_a_step(method) == 1e6
+    assert one.settled(LocalSteps(every="auto", fragments=2), 1.0) == LocalSteps(every=2 * 16, fragments=2)
+    longest = LocalSteps(every="auto", fragments=5, overlap=0)
+    assert one.settled(longest, 1.0) == LocalSteps(every=5 * 12, fragments=5, overlap=0)
+    found = one.settled(LocalSteps(every=8, fragments=2, overlap="auto"), 1.0)
+    assert found == LocalSteps(every=4, fragments=2, overlap=2) and one.step_s(found, 1.0) == pytest.approx(1.025)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_what_holds_up_the_steps_of_a_round_is_measured_on_copies(dtype, momentum):
+    named = {"weight": torch.ones(40, 30, dtype=dtype), "bias": torch.ones(30, dtype=dtype)}
+    assert rounds.held_up_s(named, LocalSteps(outer_momentum=momentum), 2) > 0
+    assert all(bool((tensor == 1).all()) for tensor in named.values())
 
 
 def rehearses_power_sgd(rank, n):
@@ -290,6 +363,10 @@ BROKEN = {"no DDP": nn.Linear(3, 3), "breaks": _breaks, "two losses": lambda ddp
     ((0, 1), {"methods": [DivideAndShuffle(overlap="delayed")]}, "cannot predict DivideAndShuffle.*overlap"),
     ((0, 1), {"methods": [DivideAndShuffle(global_every=2)]}, "cannot predict DivideAndShuffle.*global_every"),
     ((0, 1), {"methods": [DivideAndShuffle(3)]}, "only 2 ranks"),
+    ((0, 1), {"methods": [LocalSteps()]}, "LocalSteps counts the optimizer's steps: pass optimizer="),
+    ((0, 1), {"methods": [LocalSteps(group_size=2)]}, "pass optimizer="),
+    ((0, 1), {"methods": [LocalSteps(group_size=2, global_every=4)]}, "cannot predict LocalSteps.*global_every"),
+    ((0, 1), {"methods": [LocalSteps(group_size=2, schedule="hosts")]}, "cannot predict LocalSteps.*hosts"),
     ((0, 1), {"loss_fn": "two losses"}, "shape \\[8, 40\\].*one element"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_work_is_refused_on_every_rank(ranks, who, arguments, found):
@@ -405,9 +482,17 @@ def test_a_round_sends_what_the_optimizer_keeps():
         (adam, DivideAndShuffle(2, blocks=half), 2.5, True),
     ):  # fmt: skip
         assert trial.replica_bytes(ddp, optimizer, method) == copies * 480 + 80 * buffers
+    assert trial.replica_bytes(ddp, adam, LocalSteps()) == 80, "its parameters go the way of gradients"
+    assert trial.replica_bytes(ddp, adam, LocalSteps(average_buffers=False)) == 0
+    assert trial.replica_bytes(ddp, adam, LocalSteps(group_size=2).in_groups()) == 480 + 80
     names = {p: name for name, p in model.named_parameters()}
-    asked = lambda optimizer: [one.label for one in candidates.named(None, 4, True, optimizer, names)]
-    assert "DivideAndShuffle(2)" in asked(adam) and "DivideAndShuffle(2)" not in asked(None)
+    asked = lambda optimizer: [one.label for one in candidates.named(None, 4, True, model, optimizer, names)]
+    for follows in ("DivideAndShuffle(2)", "LocalSteps(every='auto')"):
+        assert follows in asked(adam) and follows not in asked(None)
+    of_others = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert "LocalSteps(every='auto')" not in asked(of_others)
+    model.append(nn.SyncBatchNorm(10, affine=False))
+    assert "LocalSteps(every='auto')" not in asked(adam) and "DivideAndShuffle(2)" in asked(adam)
 
 
 def test_the_backend_is_that_of_the_device():
@@ -492,7 +577,10 @@ def test_labels_are_as_one_would_write_the_method():
     for text in ("BlockSparse()", "BlockSparse('nominated', density=0.01)", "DivideAndShuffle(2)", "Dense()",
                  "BlockSparse('topk', density=0.1, memory='none', wire_dtype=torch.bfloat16)",
                  "DivideAndShuffle(2, blocks=BlockSparse('shared', density=0.2))",
-                 "Elastic(BlockSparse(), beta=0.5)"):  # fmt: skip
+                 "Elastic(BlockSparse(), beta=0.5)", "LocalSteps(every=16)", "LocalSteps(every='auto', overlap='auto')",
+                 "LocalSteps(every=4, method=BlockSparse('topk', density=0.1), outer_momentum=0.5)",
+                 "LocalSteps(every=16, group_size=2, overlap=0, schedule='ring')",
+                 "LocalSteps(every=16, fragments=4)"):  # fmt: skip
         names = {"torch": torch} | {name: getattr(thinwire, name) for name in thinwire.__all__}
         assert candidates.label(eval(text, names)) == text
 
@@ -608,6 +696,7 @@ def test_the_command_line_advises_and_leaves_the_script(tmp_path):
     assert status == 0, output
     assert output.count("plain DDP  ") == 1 and "BlockSparse('nominated', density=0.01)" in output
     assert "on 2 ranks" in output and "THE SCRIPT WENT ON" not in output
+    assert "LocalSteps(every=" in output and advice.OF_LOCAL_STEPS in output
     assert "other DistributedDataParallel models (1) exchanged as ever" in output
     # Checkpoints of equal replicas are the script's own, those of replicas that drift apart replace none and are gone.
     assert sorted(path.name for path in tmp_path.glob("*.*")) == [f"after-{i}.pt" for i in (1, 2, 3)] + ["last.pt"]

@@ -22,6 +22,7 @@ from thinwire.advice.cost import (
     all_reduce,
     exchanges,
     owner_exchange,
+    script_time,
     step_time,
 )
 
@@ -145,6 +146,17 @@ def test_a_step_by_hand():
     assert step_time(compute, [chain, other], link) == pytest.approx(4.5)
     # Averaging replicas comes after all of the step.
     assert step_time(compute, [Script()] * 2, link, Script((sends(1.0),), (Local(0.25),))) == pytest.approx(4.25)
+
+
+def test_a_script_by_hand():
+    """Its own work, and what it starts and waits for, one after the other on a link of 1 MB/s without latency."""
+    sends = lambda megabytes: Start(Collective("all_gather", 1e6 * megabytes, 2))
+    link = Link(0.0, 1e6)
+    assert script_time(Script(), link) == 0
+    assert script_time(Script((Local(0.25),)), link) == pytest.approx(0.25)
+    assert script_time(Script((Local(0.25), sends(1.0)), (Local(0.5),)), link) == pytest.approx(1.75)
+    chain = (sends(1.0), Wait(), Local(0.5), sends(2.0))
+    assert script_time(Script((Local(0.25),), chain), link) == pytest.approx(3.75)
 
 
 def test_latencies_of_what_is_under_way_at_once_overlap():

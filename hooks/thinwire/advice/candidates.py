@@ -11,7 +11,9 @@ from thinwire.core.beside import Waves
 from thinwire.core.channel import Channel
 from thinwire.core.reducer import Reducer
 from thinwire.core.stats import Stats
-from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, Method
+from thinwire.local.checks import check_local
+from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps, Method, block_sparse
+from thinwire.methods.local_steps import AUTO
 from thinwire.methods.schedules import Hosts, default_group_size
 from thinwire.replicas.agreement import check_optimizer
 
@@ -42,7 +44,7 @@ def by_default(world_size: int, gloo: bool) -> tuple[Method | str, ...]:
              BlockSparse(), BlockSparse("permuted"), BlockSparse("shared", density=1 / world_size),
              Dense(wire_dtype="int4", memory="error_feedback"), BlockSparse("topk", density=0.01),
              BlockSparse("nominated", density=0.01), BlockSparse("nominated", density=0.04),
-             BlockSparse("nominated", density=0.04, wire_dtype="int4")]  # fmt: skip
+             BlockSparse("nominated", density=0.04, wire_dtype="int4"), LocalSteps(every=AUTO)]  # fmt: skip
     if world_size > 2 and world_size % 2 == 0:
         found.append(DivideAndShuffle(2))
     return tuple(found)
@@ -78,12 +80,18 @@ def candidate(what: Method | str, gloo: bool) -> Candidate:
             # On Gloo its hook hangs with two buckets in flight.
             return Candidate(f"PyTorch's PowerSGD, rank {rank}", what, _power_sgd(int(rank)), 3, one_bucket=gloo)
     elif isinstance(what, (BlockSparse, Dense)):
-        return Candidate(label(what), what, plain().make if what.of_backend else _channel(what))
+        return Candidate(label(what), what, plain().make if what.of_backend else _channel(block_sparse(what)))
     elif isinstance(what, DivideAndShuffle):
-        if what.overlap != "none" or what.global_every or what.schedule == "hosts" or isinstance(what.schedule, Hosts):
+        if what.overlap != "none" or _crosses_links(what):
             raise ValueError(f"advise cannot predict {label(what)}: it knows rounds after the step, in groups on one "
                              "link; ask without overlap, global_every and hosts, and measure those")  # fmt: skip
         return Candidate(label(what), what, None)
+    elif isinstance(what, LocalSteps):
+        if _crosses_links(what):
+            raise ValueError(f"advise cannot predict {label(what)}: it knows rounds in groups on one link; ask without "
+                             "global_every and hosts, and measure those")  # fmt: skip
+        make = None if what.group_size is not None else _channel(what.method.as_block_sparse())
+        return Candidate(label(what), what, make)
     elif isinstance(what, Elastic):
         raise TypeError(
             f"advise cannot predict {label(what)}: what is late depends on the gradients; ask about "
@@ -99,6 +107,8 @@ def label(method: Method) -> str:
     """The method as one would write it."""
     if isinstance(method, Elastic):
         default = Elastic(method.method)
+    elif isinstance(method, LocalSteps):
+        return _label_of_rounds(method)
     else:
         default = BlockSparse(method.selection) if isinstance(method, BlockSparse) else type(method)()
     said = []
@@ -111,6 +121,23 @@ def label(method: Method) -> str:
         elif value != getattr(default, name):
             said.append(text if name == "group_size" else f"{name}={text}")
     return f"{type(method).__name__}({', '.join(said)})"
+
+
+def _label_of_rounds(method):
+    """Always with the steps of a round: they are what is asked about."""
+    default = LocalSteps(group_size=method.group_size)
+    said = [f"every={method.every!r}"]
+    said += [f"group_size={method.group_size}"] if method.group_size is not None else []
+    for name in (f.name for f in fields(method) if f.name != "every"):
+        value = getattr(method, name)
+        if value != getattr(default, name):
+            said.append(f"{name}={label(value) if isinstance(value, Method) else repr(value)}")
+    return f"LocalSteps({', '.join(said)})"
+
+
+def _crosses_links(method):
+    """Whether rounds differ in what they have to cross."""
+    return method.global_every or method.schedule == "hosts" or isinstance(method.schedule, Hosts)
 
 
 def ranks_in_a_group(method: DivideAndShuffle, world_size: int) -> int:
@@ -139,9 +166,7 @@ def _power_sgd(rank):
     return make
 
 
-def _channel(method):
-    sparse = method.as_block_sparse() if isinstance(method, Dense) else method
-
+def _channel(sparse):
     def make(echo):
         channel = Channel(EchoLinks(echo), Reducer(sparse, echo.rank(), echo.size()), Stats())
         step, wave, waves = sparse.warmup_steps + sparse.ramp_steps, [], Waves()
@@ -166,11 +191,24 @@ def _channel(method):
     return make
 
 
-def named(given: Sequence[Method | str] | None, world_size: int, gloo: bool, optimizer: torch.optim.Optimizer | None,
-          names: dict[torch.Tensor, str]) -> list[Candidate]:  # fmt: skip
+def _check_follows(method, world_size, module, optimizer, parameters):
+    """Raise TypeError or ValueError where a method that follows the optimizer's steps cannot."""
+    if isinstance(method, LocalSteps):
+        check_local(method, module, optimizer, parameters)
+        if method.group_size is None:
+            return
+        method = method.in_groups()
+    if world_size > 1:
+        method.partitions(world_size)
+    check_optimizer(method, optimizer, parameters)
+
+
+def named(given: Sequence[Method | str] | None, world_size: int, gloo: bool, module: torch.nn.Module,
+          optimizer: torch.optim.Optimizer | None, names: dict[torch.Tensor, str]) -> list[Candidate]:  # fmt: skip
     """Plain DDP and what was asked for. Raises TypeError or ValueError.
 
-    names: of the parameters. DivideAndShuffle needs an optimizer that it can follow; without, None is all the others.
+    names: of the module's parameters. DivideAndShuffle and LocalSteps need an optimizer that they can follow; without,
+    None is all the others.
     """
     if given is not None and (isinstance(given, (str, Method)) or not isinstance(given, Sequence)):
         raise TypeError(f"advise(methods={given!r}): methods must be a list of thinwire methods and names")
@@ -180,10 +218,8 @@ def named(given: Sequence[Method | str] | None, world_size: int, gloo: bool, opt
     for what in by_default(world_size, gloo) if given is None else given:
         one = candidate(what, gloo)
         try:
-            if one.make is None:
-                if world_size > 1:
-                    what.partitions(world_size)
-                check_optimizer(what, optimizer, [(name, p) for p, name in names.items()])
+            if isinstance(what, (DivideAndShuffle, LocalSteps)):
+                _check_follows(what, world_size, module, optimizer, [(name, p) for p, name in names.items()])
         except (TypeError, ValueError):
             if given is not None:
                 raise

@@ -156,7 +156,7 @@ class Watch:
         compute = Compute(trial.rising(arrivals), max(compute_s, *arrivals))
         optimizer = self._optimizer
         gloo = candidates.over_gloo(group, self._device)
-        asked = candidates.named(None, group.size(), gloo, optimizer, self._names)
+        asked = candidates.named(None, group.size(), gloo, self.ddp.module, optimizer, self._names)
         with own_step.generators_kept(), torch.no_grad():
             tried = trial.Trial(group, self._device, self._cut, self._gradients, compute,
                                 lambda method: trial.replica_bytes(self.ddp, optimizer, method),

@@ -210,6 +210,11 @@ def step_time(compute: Compute, scripts: Sequence[Script], link: Link, at_end: S
     return end if at_end is None else max(_run(at_end.body + (Wait(),) + at_end.after, end, wire))
 
 
+def script_time(script: Script, link: Link) -> float:
+    """Seconds of a script with the link, and a processor, to itself."""
+    return max(_run(script.body + (Wait(),) + script.after, 0.0, _Wire(link)))
+
+
 def _callbacks(arrivals, wire):
     """When each is done. arrivals: (when it may begin, its events). Their work is done in the order in which it comes
     up."""

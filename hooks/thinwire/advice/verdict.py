@@ -15,7 +15,7 @@ from thinwire.advice.cost import Compute, Link
 from thinwire.advice.rehearsal import Refused, together
 from thinwire.advice.trial import Trial
 from thinwire.core.exchange import gather_objects
-from thinwire.methods import Method
+from thinwire.methods import LocalSteps, Method
 from thinwire.state import agree
 from thinwire.state.checks import check_model
 from thinwire.state.names import parameter_names
@@ -23,6 +23,8 @@ from thinwire.state.names import parameter_names
 WORTH_IT = 0.1  # a smaller share of a step is not worth a change
 NEARLY = 0.05  # PyTorch's 16-bit hook is preferred where the fastest is not faster by more: it changes training least
 HALVED = 2  # how many of the best are tried with a 16-bit wire too
+OF_LOCAL_STEPS = ("LocalSteps needs attach(..., optimizer=). Evaluate and save the anchor, inside handle.evaluating(), "
+                  "and end with handle.finalize(). A longer round sends less and ends at a higher loss.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Advice:
                                          for i, (text, w) in enumerate(zip(row, widths)))  # fmt: skip
                 lines.append("  ".join([first, *numbers, last]).rstrip())
             lines += ["", *self.left_out]
-        return "\n".join([*lines, self.conclusion])
+        local = any(isinstance(row.what, LocalSteps) for row in self.rows)
+        return "\n".join([*lines, self.conclusion, *([OF_LOCAL_STEPS] if local else [])])
 
 
 def advise(ddp: DistributedDataParallel, make_batch: Callable[[], object], loss_fn: Callable[..., torch.Tensor], *,
@@ -85,10 +88,11 @@ def advise(ddp: DistributedDataParallel, make_batch: Callable[[], object], loss_
 
     make_batch: gives a batch. loss_fn: ``loss_fn(ddp, batch)`` gives the loss. optimizer: with it the optimizer's step
     counts too, timed on a copy, which costs as much memory as the model and the optimizer's state; and
-    DivideAndShuffle can be predicted. methods: thinwire methods, and "fp16", "bf16", "powersgd-1" and so on for
-    PyTorch's hooks; None is those worth asking about, and the best of them with a 16-bit wire; what of those cannot run
-    here is told, not raised. Elastic cannot be predicted, since what is late depends on the gradients. steps: how many
-    to time.
+    DivideAndShuffle and LocalSteps, which need it, can be predicted. methods: thinwire methods, and "fp16", "bf16",
+    "powersgd-1" and so on for PyTorch's hooks; None is those worth asking about, and the best of them with a 16-bit
+    wire; what of those cannot run here is told, not raised. For LocalSteps(every="auto") it proposes the steps of a
+    round that this link asks for: a power of two, 64 at the most. Elastic cannot be predicted, since what is late
+    depends on the gradients. steps: how many to time.
 
     Communication is left out with DDP's ``no_sync()``, not with PyTorch's noop hook, because DDP cannot forget a hook;
     gradients come from ``torch.autograd.grad``, so DDP's reducer hears nothing of them. (Activation checkpoints must
@@ -119,7 +123,7 @@ def advise(ddp: DistributedDataParallel, make_batch: Callable[[], object], loss_
         _check(inner, make_batch, loss_fn, optimizer, steps)
         names = parameter_names(inner.module, inner.parameters_to_ignore)
         gloo = candidates.over_gloo(group, next(iter(names)).device)
-        asked.extend(candidates.named(methods, group.size(), gloo, optimizer, names))
+        asked.extend(candidates.named(methods, group.size(), gloo, inner.module, optimizer, names))
         numels = {name: p.numel() for p, name in names.items()}
         return {"methods": ", ".join(one.label for one in asked), "steps": str(steps), "model": agree.digest(numels),
                 "optimizer": type(optimizer).__name__}  # fmt: skip
@@ -178,6 +182,8 @@ def conclude(tried: Trial, asked: Sequence[Candidate], by_default: bool) -> Advi
 
     def predict(one):
         try:
+            if isinstance(one.what, LocalSteps):
+                one = tried.settle(one)
             found[one] = tried.predict(one)
         except Refused as error:
             if not by_default or one.label == PLAIN:
