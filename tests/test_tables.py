@@ -9,6 +9,8 @@ from demo import run as demo
 from elastic import bounds, error_feedback, speed
 from grouped_averaging import shuffle
 from independent_blocks import reproduce
+from local import run as local
+from local import steps as local_steps
 from operators import table
 from overhead import run as overhead
 from steps import run as steps
@@ -22,6 +24,7 @@ TABLES = {
     reproduce: {"independent_blocks"}, shuffle: {"shuffle_speed", "shuffle_quality"},
     speed: {"elastic_speed", "elastic_loss"}, error_feedback: {"elastic_error_feedback"}, bounds: {"elastic_bounds"},
     steps: {"steps", "steps_targets"}, overhead: {"overhead"}, wires: {"wires"},
+    local: {"local_loss", "local_seconds"}, local_steps: {"local_step", "local_step_targets"},
 }  # fmt: skip
 OF_THE_SUITE = {"train", "train_overall", "train_direct"}
 

@@ -19,6 +19,7 @@ def test_a_turn_is_compared_with_the_turns_of_the_baseline_next_to_it():
     rows = [turn("x", 1), turn("a", 4, 6, 100), turn("x", 3), turn("a", 20), turn("b", 0), turn("a", 7)]
     assert pairs(rows, "a", "x") == [(6, 2), (20, 3), (7, 3)]
     assert ratios(rows, "a", "x") == [3, 20 / 3, 7 / 3]
+    assert ratios(rows, "a", "x", sum) == [110 / 2, 20 / 3, 7 / 3]
     assert pairs(rows, "b", "a") == [(0, 13.5)]
     assert pairs(rows, "a", "nobody") == pairs(rows, "nobody", "a") == []
     assert steps_of(rows, "x") == [1, 3]

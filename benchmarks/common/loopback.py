@@ -1,4 +1,5 @@
 """Scripts that are run on every rank of this machine, with nothing between the ranks but the loopback."""
+import contextlib
 import json
 import os
 import subprocess
@@ -14,18 +15,49 @@ def rows_as_they_come(ranks: int, script: Path, options: list) -> Iterator[dict]
 
     Raises SystemExit where it fails.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
-               *map(str, options)]  # fmt: skip
-    env = os.environ | import_paths() | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run:
+    with _started(ranks, script, options) as run:
         try:
-            for line in run.stdout:
-                if line.startswith("{"):
-                    yield json.loads(line)
-                else:
-                    print(line, end="", flush=True)
+            yield from _rows(run)
         except BaseException:  # or nobody wants to hear the rest
             run.terminate()
             raise
     if run.returncode:
         raise SystemExit(f"{script} failed")
+
+
+class Team:
+    """Ranks that run a script and are asked for one row after another, in lines of JSON on their standard input."""
+
+    def __init__(self, ranks: int, script: Path, options: list):
+        self._run = _started(ranks, script, options, stdin=subprocess.PIPE)
+        self._found = _rows(self._run)
+
+    def ask(self, wanted: dict) -> dict | None:
+        """The row that rank 0 answers, None where the ranks have failed."""
+        try:
+            self._run.stdin.write(json.dumps(wanted) + "\n")
+            self._run.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return next(self._found, None)
+
+    def close(self) -> None:
+        """The ranks end by themselves, what they are at first."""
+        with contextlib.suppress(BrokenPipeError):
+            self._run.stdin.close()
+        self._run.wait()
+
+
+def _started(ranks, script, options, **streams):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script),
+               *map(str, options)]  # fmt: skip
+    env = os.environ | import_paths() | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **streams)
+
+
+def _rows(run):
+    for line in run.stdout:
+        if line.startswith("{"):
+            yield json.loads(line)
+        else:
+            print(line, end="", flush=True)

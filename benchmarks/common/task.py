@@ -54,9 +54,13 @@ class ByteTransformer(nn.Module):
 
 
 @functools.cache
-def standard_library(seed: int = 0, held_out: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text to train on and text held out, each uint8 [bytes]. Whole files are held out, so that none is in both."""
-    root = Path(sysconfig.get_path("stdlib"))
+def standard_library(seed: int = 0, held_out: float = 0.1,
+                     root: Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Text to train on and text held out, each uint8 [bytes]. Whole files are held out, so that none is in both.
+
+    root: the folder of another Python's library.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [path for path in sorted(root.rglob("*.py")) if skipped.isdisjoint(path.relative_to(root).parts)]
     random.Random(seed).shuffle(files)

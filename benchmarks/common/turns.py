@@ -5,7 +5,7 @@ with the turns of its baseline just before and just after it, and the median of 
 """
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 from thinnet import interface_bytes
@@ -14,11 +14,12 @@ SKIPPED = 1  # steps at the beginning of a turn, with cold caches, that are not 
 COUNTED = ("bytes_sent", "encode_s", "exchange_s", "decode_s", "waited_s")  # of stats()
 
 
-def take_turn(contestant, steps: int) -> dict:
-    """Some steps on every rank, and the same row on each of what they took.
+def take_turn(contestant, steps: int, skipped: int = SKIPPED) -> dict:
+    """Some steps on every rank, and the same row on each of what they took. The first, skipped, are not counted.
 
     contestant: has ``step()``, and ``handle``, which is thinwire's or None. ms: of each counted step, the mean over
-    the ranks. All else is a rank's, a step: sent, bytes that left through its interface; stats, what the handle says.
+    the ranks; last_ms: a step of the rank that is the last to be done. All else is a rank's, a step: sent, bytes that
+    left through its interface; stats, what the handle says.
     """
     dist.barrier()
     before = _so_far(contestant)
@@ -30,9 +31,10 @@ def take_turn(contestant, steps: int) -> dict:
     dist.barrier()  # what others still wait for has been sent, too
     after = _so_far(contestant)
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (seconds[SKIPPED:], {key: (after[key] - before[key]) / steps for key in after}))
+    dist.all_gather_object(everyone, (seconds[skipped:], {key: (after[key] - before[key]) / steps for key in after}))
     of_steps, counts = zip(*everyone)
-    row = {"ms": [round(1e3 * statistics.mean(step), 3) for step in zip(*of_steps)]}
+    row = {"ms": [round(1e3 * statistics.mean(step), 3) for step in zip(*of_steps)],
+           "last_ms": round(1e3 * max(map(statistics.mean, of_steps)), 3)}  # fmt: skip
     means = {key: statistics.mean(one[key] for one in counts) for key in counts[0]}
     if "sent" in means:
         row["sent"] = round(means.pop("sent"))
@@ -48,21 +50,24 @@ def in_turns(names: list[str], baseline: str, cycles: int) -> Iterator[tuple[int
         yield cycle, baseline
 
 
-def pairs(rows: list[dict], ours: str, against: str) -> list[tuple[float, float]]:
-    """For each turn of ours its median, and that of the turns of the other just before and after it. In ms."""
+def pairs(rows: list[dict], ours: str, against: str, of: Callable = statistics.median) -> list[tuple[float, float]]:
+    """For each turn of ours its median step, and that of the turns of the other just before and after it. In ms.
+
+    of: what a turn is taken for, in the place of its median step.
+    """
     found = []
     for i, row in enumerate(rows):
         if row["method"] == ours:
             near = (_next(rows[i + 1:], against), _next(rows[i::-1], against))
-            theirs = [statistics.median(one["ms"]) for one in near if one]
+            theirs = [of(one["ms"]) for one in near if one]
             if theirs:
-                found.append((statistics.median(row["ms"]), statistics.mean(theirs)))
+                found.append((of(row["ms"]), statistics.mean(theirs)))
     return found
 
 
-def ratios(rows: list[dict], ours: str, against: str) -> list[float]:
+def ratios(rows: list[dict], ours: str, against: str, of: Callable = statistics.median) -> list[float]:
     """Turn by turn."""
-    return [mine / theirs for mine, theirs in pairs(rows, ours, against)]
+    return [mine / theirs for mine, theirs in pairs(rows, ours, against, of)]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

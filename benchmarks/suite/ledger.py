@@ -64,13 +64,15 @@ def _without_words(source):
 
 def about() -> dict:
     """What is written into every row."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
-                         capture_output=True, text=True)  # fmt: skip
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = None
+    with contextlib.suppress(FileNotFoundError):  # a copy may be measured where there is no git
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "native": thinwire.ops.native("cpu")}
     for package in ("torch", "thinwire", "horovod", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return {"code": code(), "commit": git.stdout.strip() or None, "machine": machine(), "versions": versions}
+    return {"code": code(), "commit": commit, "machine": machine(), "versions": versions}
 
 
 def _measured_with(row):
