@@ -94,6 +94,37 @@ BREAKAGES = {
         "core/memory.py", "sent.dealing.add_part(total.lost, rank, choice.own, 1.0, bad, residual)", "pass",
         ("test_memory.py::test_error_feedback_conserves_exactly[shared-wire_dtype1]",),
     ),
+    "what-owners-round-off-a-round-is-lost": Breakage(
+        "core/memory.py", "sent.dealing.add_part(total.lost, rank, choice.own, 1.0, _flag(~good), left)", "pass",
+        ("test_weights.py::test_what_is_sent_and_what_is_left_are_what_had_moved[int4-2]",),
+    ),
+    "a-round-brings-what-an-earlier-one-left": Breakage(
+        "core/memory.py", "        return _accumulated_from_zero(flat, slots)\n\n    def settle",
+        "        return super().add(flat, slots, ranks_blocks, of)\n\n    def settle",
+        ("test_weights.py::test_a_round_follows_from_its_number_and_from_no_other_round",),
+    ),
+    "a-spoilt-round-takes-what-it-did-not-bring": Breakage(
+        "core/memory.py", "        if left.is_cuda or not bool(good):\n", "        if False:\n",
+        ("test_weights.py::test_a_round_that_is_not_finite_leaves_all_where_it_was",),
+    ),
+    "every-block-of-a-round-is-said-to-be-sent": Breakage(
+        "core/reducer.py", "return mask != 0", "return mask == mask",
+        ("test_weights.py::test_what_is_sent_and_what_is_left_are_what_had_moved[torch.float32-2]",),
+    ),
+    "blocks-are-never-due": Breakage(
+        "core/selection.py", "q.norms if q.max_age is None else _due_first(q)", "q.norms",
+        ("test_weights.py::test_no_block_waits_longer_than_max_age[0.25-None-3]",),
+    ),
+    "due-blocks-go-to-ranks-without-places": Breakage(
+        "core/selection.py", "mine = (due < ends) & (turns == (q.rank - q.step) % n)",
+        "mine = (due < ends) & (turns == q.rank)",
+        ("test_weights.py::test_no_block_waits_longer_than_max_age[0.25-None-3]",),
+    ),
+    "due-blocks-are-counted-over-the-bucket": Breakage(
+        "core/selection.py", "torch.stack([first + number * age, ends,",
+        "torch.stack([first // age * age + number * age, ends,",
+        ("test_weights.py::test_a_round_follows_from_its_number_and_from_no_other_round",),
+    ),
     "control-variate-learns-from-its-own-rank-only": Breakage(
         "core/memory.py", "_scatter(changes, total.rows, total.slots, total.to_mean, mean, accumulate=True)", "pass",
         ("test_estimator.py::test_control_variate_is_unbiased_whatever_it_holds",
@@ -237,6 +268,18 @@ BREAKAGES = {
         "methods/block_sparse.py", "count = min(count, blocks // world_size)", "pass",
         ("test_methods.py::test_permuted_ranks_never_share_a_block_at_the_default_density",),
     ),
+    "gradients-are-left-in-weights": Breakage(
+        "methods/block_sparse.py", 'if sparse.memory == "weights":', "if False:",
+        ("test_weights.py::test_only_local_steps_run_it", "test_weights.py::test_attach_refuses_it"),
+    ),
+    "blocks-that-are-due-need-not-fit": Breakage(
+        "methods/block_sparse.py", "if self.max_age < least:", "if False:",
+        ("test_weights.py::test_combinations_that_cannot_be_right_are_refused",),
+    ),
+    "weights-drift-by-chance": Breakage(
+        "methods/block_sparse.py", 'if self.selection != "nominated":', "if False:",
+        ("test_weights.py::test_combinations_that_cannot_be_right_are_refused",),
+    ),
     "ranks-that-never-meet-are-allowed": Breakage(
         "methods/schedules.py", "return len(found) == 1", "return True",
         ("test_schedules.py::test_ranks_that_never_meet_are_refused",),
@@ -254,7 +297,137 @@ BREAKAGES = {
         "consistency/bounds.py", "(1 - gamma) ** 3", "(1 - gamma)",
         ("test_bounds.py::test_values",),
     ),
+    "the-pseudo-gradient-has-the-wrong-sign": Breakage(
+        "local/flight.py",
+        "part.mean = anchor - part.origin",
+        "part.mean = part.origin - anchor",
+        ("test_local_steps.py::test_rounds_are_what_they_say[False-1-0.7-momentum-1]",),
+    ),
+    "one-rank-meets-itself-by-rounding": Breakage(
+        "local/anchor.py",
+        "if self._is_mean and origin is not None:",
+        "if False:",
+        ("test_local_steps.py::test_one_rank_keeps_its_own_weights_to_the_bit[2]",),
+    ),
+    "momentum-moves-what-was-not-sent": Breakage(
+        "local/anchor.py",
+        "        for now, then in zip(both, before):\n",
+        "        for now, then in ():\n",
+        ("test_local_steps.py::test_momentum_moves_nothing_that_was_not_sent",),
+    ),
+    "what-is-done-meanwhile-is-lost": Breakage(
+        "local/flight.py",
+        "        moved = after if by is None else own + by\n",
+        "        moved = after\n",
+        ("test_local_steps.py::test_rounds_are_what_they_say[True-1-0.7-momentum-1]",),
+    ),
+    "what-was-not-sent-is-lost": Breakage(
+        "local/flight.py",
+        "            by -= self.left\n",
+        "            pass\n",
+        ("test_local_steps.py::test_what_partial_rounds_do_not_send_stays_in_the_weights[0]",),
+    ),
+    "ranks-in-different-rounds-meet": Breakage(
+        "local/flight.py",
+        "if any(one != everyone[0] for one in everyone):",
+        "if False:",
+        ("test_local_steps.py::test_ranks_in_different_rounds_are_told_so",),
+    ),
+    "what-waits-is-left-out-of-the-last-round": Breakage(
+        "local/flight.py",
+        "                    one += waiting[name].view_as(one)\n",
+        "                    pass\n",
+        ("test_local_steps.py::test_the_last_round_is_exact",),
+    ),
+    "the-last-round-is-in-4-bits": Breakage(
+        "local/flight.py",
+        "channel = self._exact if exactly else self._channel",
+        "channel = self._channel",
+        ("test_local_steps.py::test_the_last_round_is_exact",),
+    ),
+    "a-part-of-a-round-has-a-whole-ones-momentum": Breakage(
+        "local/steps.py",
+        "momentum=whole, together=True",
+        "momentum=True, together=True",
+        ("test_local_steps.py::test_the_last_round_is_exact",),
+    ),
+    "rounds-land-in-a-backward-pass": Breakage(
+        "local/steps.py",
+        "        if torch._C._current_graph_task_id() != -1:\n            self._owed += 1\n",
+        "        if False:\n            self._owed += 1\n",
+        ("test_local_steps.py::test_nothing_moves_inside_a_backward_pass",),
+    ),
+    "zeros-are-a-step-left-out": Breakage(
+        "local/steps.py",
+        "(lowest == 0) & (highest == 0)",
+        "False",
+        ("test_local_steps.py::test_a_step_is_a_step_in_every_loop[accumulated]",),
+    ),
+    "passes-in-a-closure-are-steps-left-out": Breakage(
+        "state/steps.py",
+        "if cleared & owned and not self._open and not self._alone.inside:",
+        "if cleared & owned and not self._open:",
+        ("test_local_steps.py::test_a_step_is_a_step_in_every_loop[closure]",),
+    ),
+    "a-skipping-scaler-says-nothing": Breakage(
+        "replicas/stepping.py",
+        "            self._listener.skip_step()\n",
+        "            pass\n",
+        ("test_local_steps.py::test_a_step_is_a_step_in_every_loop[scaler]",),
+    ),
+    "what-was-frozen-stays-apart": Breakage(
+        "local/steps.py",
+        "        self._trained.update(self._anchored)  #",
+        "        pass  #",
+        ("test_local_steps.py::test_what_is_frozen_in_a_round_is_still_averaged",),
+    ),
+    "a-loaded-anchor-is-not-compared": Breakage(
+        "local/saved.py",
+        "handle._owed, handle._agreed, handle._begun = 0, False,",
+        "handle._owed, handle._begun = 0,",
+        ("test_local_steps.py::test_states_of_different_steps_are_refused",),
+    ),
+    "what-is-under-way-is-not-saved": Breakage(
+        "local/saved.py",
+        "flight = {} if handle._flight is None else handle._flight.state_dict()",
+        "flight = {}",
+        ("test_local_steps.py::test_a_resumed_run_is_the_uninterrupted_one[int4]",),
+    ),
+    "a-round-in-a-state-begins-anew": Breakage(
+        "replicas/handle.py",
+        'self._since = mine.get("since", 0)',
+        "self._since = 0",
+        ("test_local_steps.py::test_a_resumed_run_is_the_uninterrupted_one[groups]",),
+    ),
+    "auto-waits-for-nothing": Breakage(
+        "local/pace.py",
+        "waited = max(0.0, exchange - self.overlap * step)",
+        "waited = 0.0",
+        ("test_local_steps.py::test_every_auto_is_the_fewest_steps_that_hide_the_exchange",),
+    ),
+    "a-change-of-a-fifth-is-none": Breakage(
+        "local/pace.py",
+        "_DRIFT = 1.2",
+        "_DRIFT = 9.0",
+        ("test_local_steps.py::test_every_auto_is_the_fewest_steps_that_hide_the_exchange",),
+    ),
+    "local-steps-land-at-once": Breakage(
+        "consistency/bounds.py", "(every - 1 + overlap) * second_moment", "(every - 1) * second_moment",
+        ("test_bounds.py::test_local_steps_are_apart_for_as_long_as_their_bound_says",),
+    ),
+    "any-step-is-a-gradient": Breakage(
+        "consistency/measure.py", "if _steps_by_gradients(optimizer) else None", "if True else None",
+        ("test_consistency.py::test_the_bound_of_local_steps_is_for_steps_that_are_gradients",),
+    ),
     # ---- state ----
+    "estimated-rounds-forget-the-warm-up": Breakage(
+        "state/estimate.py", "(step - method.warmup_steps) // method.every", "step // method.every",
+        ("test_estimate.py::test_steps_of_the_warm_up_are_dense_and_those_after_it_count_rounds_of_the_method",),
+    ),
+    "beta1-is-raised-to-what-is-suggested": Breakage(
+        "state/suggest.py", "min(own, most)", "most",
+        ("test_suggest.py::test_where_a_search_begins",),
+    ),
     "memory-follows-the-scale-backwards": Breakage(
         "state/gradients.py", "self._rescale(scale / self._scale)", "self._rescale(self._scale / scale)",
         ("test_ddp.py::test_memory_follows_the_scale",),
@@ -322,6 +495,18 @@ BREAKAGES = {
         ("test_horovod.py::test_on_ranks[2-union_by_hand-permuted-error_feedback-float16]",),
     ),
     # ---- advice ----
+    "whole-rounds-are-one-step": Breakage(
+        "advice/rounds.py", "step_s) / apart", "step_s)",
+        ("test_advise.py::test_what_is_given_stays_and_is_shared_out_over_the_round",),
+    ),
+    "proposed-rounds-are-too-short": Breakage(
+        "advice/rounds.py", "2 ** math.ceil(math.log2(least) - 1e-9)", "2 ** math.floor(math.log2(least) + 1e-9)",
+        ("test_advise.py::test_the_shortest_round_that_costs_a_twentieth_or_is_hidden_is_proposed",),
+    ),
+    "buffers-of-rounds-cost-nothing": Breakage(
+        "advice/trial.py", "if nbytes := self._replica_bytes(method):", "if nbytes := 0:",
+        ("test_advise.py::test_a_step_of_a_round_sends_what_is_estimated",),
+    ),
     "a-ring-sends-everything-twice": Breakage(
         "advice/cost.py", "else (n - 1) / n)\n", "else 1.0)\n",
         ("test_cost.py::test_hops_and_bytes_are_those_of_counted_messages",),
