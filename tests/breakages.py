@@ -327,12 +327,6 @@ BREAKAGES = {
         "            pass\n",
         ("test_local_steps.py::test_what_partial_rounds_do_not_send_stays_in_the_weights[0]",),
     ),
-    "ranks-in-different-rounds-meet": Breakage(
-        "local/flight.py",
-        "if any(one != everyone[0] for one in everyone):",
-        "if False:",
-        ("test_local_steps.py::test_ranks_in_different_rounds_are_told_so",),
-    ),
     "what-waits-is-left-out-of-the-last-round": Breakage(
         "local/flight.py",
         "                    one += waiting[name].view_as(one)\n",
