@@ -27,8 +27,6 @@ from simulated import Simulated
 from thinwire import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps, ops
 from thinwire.core.blocks import Layout
 from thinwire.elastic.lateness import heaviest
-from thinwire.local import steps as local_steps
-from thinwire.replicas import means
 
 try:
     import horovod.torch as hvd
@@ -1538,17 +1536,6 @@ PLAIN = dict(outer_lr=1.0, outer_momentum=0.0)
 
 
 @contextlib.contextmanager
-def compared_anchors():
-    """After every round ranks compare digests of their anchors; these travel in pieces, as large models' do."""
-    kept = means.PIECE_BYTES, local_steps.DEBUG
-    means.PIECE_BYTES, local_steps.DEBUG = 4000, True
-    try:
-        yield
-    finally:
-        means.PIECE_BYTES, local_steps.DEBUG = kept
-
-
-@contextlib.contextmanager
 def process_group():
     """The same ranks as torch.distributed has them."""
     store = hvd.broadcast_object(tempfile.mktemp(prefix="thinwire-checks-"), 0, name="checks.store")
@@ -1584,7 +1571,7 @@ def local_rounds(method):
     """The bits that DDP gives for the same batches: each rank's own weights, the anchor and what waits in a memory."""
     ends = []
     for with_ddp in (False, True):
-        with process_group() if with_ddp else contextlib.nullcontext(), compared_anchors():
+        with process_group() if with_ddp else contextlib.nullcontext(), models.in_small_pieces(4000):
             model = with_statistics()
             optimizer = adamw(model)
             if with_ddp:
@@ -1616,7 +1603,7 @@ def local_rounds(method):
 @check(ranks=(2,), simulated=False)
 def local_models_side_by_side():
     """Rounds of two models and a Compressor's exchanges of a third are under way at once and never meet."""
-    with compared_anchors():
+    with models.in_small_pieces(4000):
         trained = []
         for seed, method in enumerate((LocalSteps(2, overlap=2), LocalSteps(3, WEIGHTS, overlap=1))):
             model = small(seed=seed)
@@ -1679,7 +1666,7 @@ def local_loops():
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=loop == "scaler")
         options = {"grad_scaler": scaler} if loop == "scaler" else {}
         loss = lambda model=model, batches=batches: loss_of(model, next(batches))
-        with compared_anchors():
+        with models.in_small_pieces(4000):
             model[0].weight.requires_grad_(loop != "thawed")
             handle = thinwire.horovod.LocalSteps(model, optimizer, LocalSteps(3), **options)
             for t in range(12):

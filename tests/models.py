@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from thinwire import BlockSparse
 from thinwire.core import exchange
+from thinwire.local import steps as local_steps
+from thinwire.replicas import means
 from torch.nn.parallel import DistributedDataParallel
 
 SMALL_BUCKET_MB = 0.005  # a bucket for almost every layer of mlp()
@@ -166,3 +168,15 @@ def watched(before=lambda: None):
         yield found
     finally:
         exchange._all_gather_single, dist.all_to_all_single, dist.all_reduce = kept
+
+
+@contextlib.contextmanager
+def in_small_pieces(nbytes=8000):
+    """Flat tensors of one or two parameters, as a large model has many; and local steps compare their anchors after
+    every round."""
+    kept = means.PIECE_BYTES, local_steps.DEBUG
+    means.PIECE_BYTES, local_steps.DEBUG = nbytes, True
+    try:
+        yield
+    finally:
+        means.PIECE_BYTES, local_steps.DEBUG = kept

@@ -1,5 +1,6 @@
 """Methods in turns: what a figure of one compares itself with."""
 import pytest
+from common.record import read_rows
 from common.turns import in_turns, mean_of, pairs, quartiles, ratios, steps_of
 from overhead import run as overhead
 from steps import run as steps
@@ -81,6 +82,6 @@ def test_runs_go_on_where_they_were(tmp_path, monkeypatch):
     with path.open("a") as file:
         file.write('{"method": "cut o')
     rows = wires.measure(wanted, path, again=False)
-    assert asked == [10, 6, 2] and len(wires.read(path)) == 10
+    assert asked == [10, 6, 2] and len(read_rows(path)) == 10
     assert list(map(wires.key, rows)) == list(map(wires.key, wanted))
     assert [row[-1] for row in wires.table(rows)[1]] == ["-", "yes", "-", "yes", "yes"]

@@ -1,4 +1,5 @@
 """How measurements are kept and shown: a JSON file, a table in the terminal, a file of docs/tables."""
+import contextlib
 import datetime
 import json
 import os
@@ -40,6 +41,15 @@ def save(name: str, command: str, rows: list[dict], out: Path = RESULTS, **about
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(f'{json.dumps(record)[:-1]},\n "rows": [\n  {lines}\n]}}\n')
     return record | {"rows": rows}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of lines of JSON, in the order in which they were measured. What an interruption cut off is not a row."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def load(name: str, out: Path = RESULTS) -> dict:

@@ -21,13 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
 from common import task
 from common.loopback import Team
-from common.record import RESULTS, print_table
+from common.record import RESULTS, print_table, read_rows
 from suite.ledger import about
 
 from local import tables
 from local.plan import STAGES, Plan, Stage
 from local.rank import digest
-from local.tables import NAME, read
+from local.tables import NAME
 from local.tasks import TASKS
 from local.ways import LABELS
 
@@ -60,7 +60,7 @@ def main():
 def there(args):
     """What is committed, and what was measured since."""
     places = dict.fromkeys([RESULTS.resolve(), args.out.resolve()])
-    return [row for place in places for row in read(place / f"{NAME}.jsonl")]
+    return [row for place in places for row in read_rows(place / f"{NAME}.jsonl")]
 
 
 class Measurement:

@@ -1,9 +1,7 @@
 """What local.jsonl says, in tables: losses at equal steps, and seconds until plain DDP's loss is reached."""
-import contextlib
-import json
 import statistics
 
-from common.record import RESULTS, load, write_table
+from common.record import RESULTS, load, read_rows, write_table
 from common.turns import steps_of
 
 from local import ways
@@ -15,15 +13,6 @@ NAME, STEPS = "local", "local_steps"
 SECONDS_TASK = "bytes-adamw"
 
 
-def read(path):
-    """Rows in the order in which they were measured. What an interruption cut off is not a row."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
 def newest(rows):
     """Of equal runs the last counts, and none of them on another text than the last one."""
     return list({key(row): row for row in rows if row["text"] == rows[-1]["text"]}.values())
@@ -31,7 +20,7 @@ def newest(rows):
 
 def write():
     """docs/tables from what is committed."""
-    rows = newest(read(RESULTS / f"{NAME}.jsonl"))
+    rows = newest(read_rows(RESULTS / f"{NAME}.jsonl"))
     write_table("local_loss", *losses(rows), origin(rows), left=2)
     write_table("local_seconds", *seconds(rows, load(STEPS)["rows"]), origin(rows))
 

@@ -12,7 +12,6 @@ and one seed, and not in all of LRS. What is compared: whether the mean loss ove
 seed with values of 32 bits.
 """
 import argparse
-import contextlib
 import datetime
 import json
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
 from common.loopback import rows_as_they_come
-from common.record import RESULTS, origin, print_table, write_table
+from common.record import RESULTS, origin, print_table, read_rows, write_table
 from rich.progress import Progress
 from suite.ledger import about
 
@@ -66,7 +65,7 @@ def main():
     parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
     if args.docs:
-        rows = newest(read(RESULTS / f"{NAME}.jsonl"))
+        rows = newest(read_rows(RESULTS / f"{NAME}.jsonl"))
         return write_table(NAME, *table(rows), origin(rows[-1]), left=3)
     if args.tune:
         wanted = [run | {"lr": lr} for run in runs(args.only, args.optimizers, ["float32"], args.seeds[:1], args.steps)
@@ -92,7 +91,7 @@ def runs(methods, optimizers, wires, seeds, steps):
 def measure(wanted, path, again):
     """The rows of what is wanted; those that are not there yet are measured and appended, one at a time."""
     measured_with = about()
-    there = newest(row for row in read(path) if not again or row["code"] == measured_with["code"])
+    there = newest(row for row in read_rows(path) if not again or row["code"] == measured_with["code"])
     missing = [run for run in wanted if key(run) not in {key(row) for row in there}]
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
@@ -111,15 +110,6 @@ def measure(wanted, path, again):
             )  # fmt: skip
     of = {key(row): row for row in there}
     return [of[key(run)] for run in wanted]
-
-
-def read(path):
-    """Rows in the order in which they were measured. What an interruption cut off is not a row."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
 
 
 def newest(rows):

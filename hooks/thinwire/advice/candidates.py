@@ -194,7 +194,7 @@ def _channel(sparse):
 def _check_follows(method, world_size, module, optimizer, parameters):
     """Raise TypeError or ValueError where a method that follows the optimizer's steps cannot."""
     if isinstance(method, LocalSteps):
-        check_local(method, module, optimizer, parameters)
+        check_local(module, optimizer, parameters)
         if method.group_size is None:
             return
         method = method.in_groups()

@@ -10,11 +10,10 @@ import torch
 from thinwire.advice.rehearsal import clock
 from thinwire.local.anchor import Anchor, in_pieces
 from thinwire.local.flight import Flight, Part
-from thinwire.local.pace import WAIT
+from thinwire.local.pace import fewest_steps
 from thinwire.methods import LocalSteps
 from thinwire.methods.local_steps import AUTO
 
-MEETING = 24  # bytes in which the ranks first tell each other which round it is: of no account, but for their latency
 LONGEST = 64  # steps of a round that are proposed: what longer ones do to the loss was not looked at
 
 
@@ -43,8 +42,8 @@ class Round:
         overlap = min(hides, most) if isinstance(method.overlap, str) else method.overlap
         apart = overlap  # with overlap="auto" the next one begins as soon as the one before is there
         if method.every == AUTO:
-            least = max(1, overlap, self._waited(overlap, step_s) / (WAIT * step_s))
-            apart = min(2 ** math.ceil(math.log2(least) - 1e-9), max(most, overlap))
+            least = math.log2(fewest_steps(self.exchange_s, step_s, overlap))
+            apart = min(2 ** math.ceil(least - 1e-9), max(most, overlap))
         return replace(method, every=apart * method.fragments, overlap=overlap)
 
     def step_s(self, method: LocalSteps, step_s: float) -> float:

@@ -13,6 +13,7 @@ from thinwire.advice.cost import Collective, Compute, Local, Script, Start, Wait
 from thinwire.advice.rehearsal import Bucket, Echo, clock, rehearse, together
 from thinwire.core.exchange import gather_objects
 from thinwire.core.memory import wide
+from thinwire.local.flight import MEETING
 from thinwire.local.fragments import fragments_of
 from thinwire.methods import DivideAndShuffle, LocalSteps, Method
 from thinwire.methods.local_steps import AUTO
@@ -97,7 +98,7 @@ class Trial:
             exchanges[0] = Script(exchanges[0].body, (*exchanges[0].after, there, Wait(), back))
         held_up = lambda: [Script((Local(rounds.held_up_s(self._gradients, method, REHEARSALS)),))]
         (work,) = self._agreed(held_up)
-        first = cost.gathered(rounds.MEETING, self.group.size()).seconds(self.link)
+        first = cost.gathered(MEETING, self.group.size()).seconds(self.link)
         longest = max(cost.script_time(one, self.link) for one in exchanges)
         return rounds.Round(first + longest, work.body[0].seconds, sum(one.sent for one in exchanges))
 

@@ -22,6 +22,10 @@ class Job:
         self._span: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # on a GPU
         self._seconds: float | None = None
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     def wait(self) -> None:
         """Until it is done; on a GPU the current stream waits. Raises RuntimeError where it has failed."""
         self._done.wait()
@@ -33,7 +37,7 @@ class Job:
 
     @property
     def seconds(self) -> float | None:
-        """What it took, from when the job before it was done; None where that is not known yet."""
+        """What it took, the wait for other ranks included; None where that is not known yet."""
         if self._span is not None and self._done.is_set() and self._span[1].query():
             return self._span[0].elapsed_time(self._span[1]) / 1000
         return self._seconds

@@ -35,7 +35,7 @@ def attach_local(ddp, method: LocalSteps, optimizer, *, grad_scaler=None, consis
 
     def check():
         check_model(ddp)
-        check_local(method, ddp.module, optimizer, parameters)
+        check_local(ddp.module, optimizer, parameters)
         check_grad_scaler(grad_scaler, steps=True)
         check_log(consistency_every, log)
         return method.describe() | {"consistency_every": str(consistency_every)}

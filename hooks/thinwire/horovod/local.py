@@ -147,4 +147,4 @@ def _check(model, method, optimizer):
         )
     check_plain(optimizer)
     check_module(model, ())
-    check_local(method, model, optimizer, [(name, p) for p, name in parameter_names(model).items()])
+    check_local(model, optimizer, [(name, p) for p, name in parameter_names(model).items()])

@@ -50,7 +50,7 @@ class DivideAndShuffleAverager(Replicas):
         def check():
             _check(rounds, optimizer, parameters)
             if in_groups:
-                check_local(method, model, optimizer, parameters)
+                check_local(model, optimizer, parameters)
             check_grad_scaler(grad_scaler, steps=True)
             check_log(consistency_every, log)
 

@@ -13,6 +13,7 @@ from thinwire.local.anchor import Anchor, Piece, in_pieces
 from thinwire.methods import BlockSparse, Dense
 from thinwire.replicas.means import Named
 
+MEETING = 24  # bytes in which the ranks first tell each other which round it is; they are counted nowhere
 Tensors = dict[str, torch.Tensor]
 Landed = list[tuple["Part", torch.Tensor]]  # parts, each with whether it has landed, 0-d bool
 
@@ -58,6 +59,11 @@ class Flight:
         self.told: torch.Tensor | None = None
         self.anchors: list[torch.Tensor] = []  # as they were sent from; kept until it has landed
         self.job: Job | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it will never be there."""
+        return self.job is not None and self.job.failed
 
     def wait(self) -> None:
         """Until it is there. Raises RuntimeError where that has failed."""
@@ -127,10 +133,7 @@ def flight_of(launched: int, state: Mapping[str, Tensors], parameters: Iterable[
 
 
 class Rounds:
-    """Sends rounds. method: how pseudo-gradients travel. alone: there is no other rank, and nothing does.
-
-    keeps: whether something of a round may be kept back, in the memory or in the ranks' own parameters.
-    """
+    """Sends rounds. method: how pseudo-gradients travel. alone: there is no other rank, and nothing does."""
 
     def __init__(self, method: BlockSparse | Dense, behind: Behind, alone: bool, stats: Stats):
         links = behind.links
@@ -140,7 +143,6 @@ class Rounds:
         self._exact = Channel(links, Reducer(exact, links.rank, links.size), stats)
         self._behind, self._alone, self._on_gpu = behind, alone, behind.on_stream
         self._stays = sparse.memory == "weights"
-        self.keeps = self._stays or bool(self.reducer.memory.stores())
 
     def send(self, number: int, launched: int, anchor: Anchor, parameters: Iterable[Named], buffers: Iterable[Named],
              meanwhile: bool, tell: list[float], exactly: bool = False) -> Flight:  # fmt: skip

@@ -57,9 +57,7 @@ class Pace:
             if self._method.every == AUTO:
                 self.every = self.overlap * self._fragments
         else:
-            waited = max(0.0, exchange - self.overlap * step)
-            steps = max(1, self.overlap, math.ceil(waited / (WAIT * step)))
-            self.every = min(steps, MOST) * self._fragments
+            self.every = min(math.ceil(fewest_steps(exchange, step, self.overlap)), MOST) * self._fragments
 
     def state_dict(self) -> dict[str, float]:
         exchange, step = self._chosen_at or (0.0, 0.0)
@@ -73,6 +71,11 @@ class Pace:
             self.overlap = state["overlap"]
         if self.measures and state["exchange_s"]:
             self._chosen_at = state["exchange_s"], state["step_s"]
+
+
+def fewest_steps(exchange_s: float, step_s: float, overlap: int) -> float:
+    """From one exchange to the next, so that it is hidden by ``overlap`` steps or what is waited for costs little."""
+    return max(1, overlap, (exchange_s - overlap * step_s) / (WAIT * step_s))
 
 
 def _alike(one, other):

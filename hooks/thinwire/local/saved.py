@@ -36,7 +36,8 @@ def save(handle: "Anchored", anchor_only: bool) -> dict:
         kind: {name: one.view(parameters[name].shape) for name, one in store.state_dict().items()}
         for kind, store in handle._anchor.stores().items()
     }
-    flight = {} if handle._flight is None else handle._flight.state_dict()
+    under_way = handle._flight
+    flight = {} if under_way is None or (anchor_only and under_way.failed) else under_way.state_dict()
     if anchor_only:
         flight = {kind: held for kind, held in flight.items() if not kind.endswith(_OWN)}
     stores = {} if anchor_only else handle._rounds.reducer.memory.stores()
@@ -90,10 +91,10 @@ def load(handle: "Anchored", state: Any) -> None:
     if handle._begun:
         handle._part()
     if mine is None and handle._begun:
-        _from_anchor(handle, shard)
+        _from_anchor(handle, shards)
 
 
-def _from_anchor(handle, shard):
+def _from_anchor(handle, shards):
     """Every rank goes on from the anchor. What was under way was everybody's, and lands."""
     flight, handle._flight = handle._flight, None
     for piece in in_pieces(handle._parameters()):
@@ -107,9 +108,10 @@ def _from_anchor(handle, shard):
     for piece in in_pieces((n, one) for n, one in handle._float_buffers() if n in handle._anchor_buffers):
         piece.write(piece.flat(handle._anchor_buffers))
     lost = handle._step - handle._launched
-    waited = any(bool(one.any()) for held in shard["memory"].values() for one in held.values())
+    shard, stays = shards[0], handle.method.method.as_block_sparse().memory == "weights"
+    kept = [one for some in shards for held in some["memory"].values() for one in held.values()]
     handle._launched, handle._begins_at = handle._step, handle._step + handle._pace.first
-    if not lost and not waited and not shard.get("anchor_only"):
+    if not (lost or stays or shard.get("anchor_only") or any(bool(one.any()) for one in kept)):
         return  # it was saved after finalize()
     _log.warning(
         "thinwire: a state of %d ranks%s is loaded on %d from its anchor: what the ranks had done in the %d steps "

@@ -30,14 +30,15 @@ from thinwire.state.names import float_buffers, parameter_names
 from thinwire.state.steps import Steps
 
 _log = logging.getLogger("thinwire")
+_FEW = 64
 DEBUG = os.environ.get("THINWIRE_DEBUG") == "1"  # compare the ranks' anchors after every round
 
 
 class Anchored(Handle):
     """One model whose ranks step by themselves, and its anchor: the handle of LocalSteps.
 
-    ``evaluating``, ``stats``, ``skip_step`` and ``state_dict`` are no collectives, the others are: call them on every
-    rank.
+    ``evaluating`` and ``stats`` are no collectives. ``state_dict`` waits for what is under way, and ``skip_step`` is a
+    step, which may send a round. The others are collectives: call them on every rank.
     """
 
     module: torch.nn.Module
@@ -91,8 +92,9 @@ class Anchored(Handle):
 
     def stats(self) -> dict[str, float]:
         """As of any method: steps are those of the optimizer, dense_bytes what their gradients would have been; the
-        seconds of exchanges are the background's, waited_s those that a step has waited for one to land. And rounds,
-        how many have been sent, each fragment counted; every and overlap, as they are now."""
+        seconds of exchanges are the background's, waited_s those that a step has waited for one to land. The few bytes
+        in which ranks say what they measured, and which round it is, are not counted; those of ``finalize`` are. And
+        rounds, how many have been sent, each fragment counted; every and overlap, as they are now."""
         own = Stats(steps=self._stats.steps, dense_bytes=self._stats.dense_bytes, waited_s=self._stats.waited_s)
         sent = self._sent + own
         sent.dense_bytes = own.dense_bytes
@@ -201,10 +203,11 @@ class Anchored(Handle):
     def state_dict(self, anchor: bool = False) -> dict:
         """This rank's state: only tensors, numbers and strings, keyed by parameter name. Save one a rank, beside each
         rank's own model and optimizer; then a resumed run is bitwise the uninterrupted one. What is under way is
-        waited for, and kept.
+        waited for, and kept. Raises RuntimeError where that has failed: this rank's memory does not fit its parameters
+        then.
 
         anchor: one for all ranks, of any number: the anchor and its momentum, without what ranks have done since. It
-        may be asked for inside ``evaluating()`` too.
+        may be asked for inside ``evaluating()`` too, and after a failure.
         """
         if anchor and not self._begun:
             raise RuntimeError("state_dict(anchor=True): there is no anchor before the first step after the warm-up; "
@@ -212,7 +215,7 @@ class Anchored(Handle):
         if self._borrowed and not anchor:
             raise RuntimeError("state_dict() inside evaluating(): the model holds the anchor, not this rank's own "
                                "parameters: save outside of it, or state_dict(anchor=True)")  # fmt: skip
-        if self._flight is not None:
+        if self._flight is not None and not (anchor and self._flight.failed):
             self._flight.wait()
         return saved.save(self, anchor)
 
@@ -263,8 +266,7 @@ class Anchored(Handle):
 
     def take_in(self, parameters: list[torch.Tensor], flat: torch.Tensor) -> None:
         """The pass gives these parameters' gradients [N]."""
-        lowest, highest = torch.aminmax(flat) if flat.numel() else (flat.new_zeros(()),) * 2
-        self._steps.take_in(parameters, (lowest == 0) & (highest == 0))
+        self._steps.take_in(parameters, _is_zero(flat))
         if self._every and (self._step + 1) % self._every == 0:
             self._squares.append(torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2)
 
@@ -364,9 +366,10 @@ class Anchored(Handle):
 
     def _land(self) -> None:
         """The round under way is waited for, and the anchor and this rank's parameters move by it."""
-        flight, self._flight = self._flight, None
+        flight = self._flight
         assert flight is not None
-        self._arrive(flight)
+        self._arrive(flight)  # what fails stays: the memory has taken in what it never brought
+        self._flight = None
         if flight.told is not None and flight.job is not None:
             self._exchange_s = flight.job.seconds or 0.0
             self._pace.hear(flight.told)
@@ -429,6 +432,16 @@ class Anchored(Handle):
 
     def _float_buffers(self) -> list[Named]:
         return float_buffers(self.module, self._ignored)
+
+
+def _is_zero(flat: torch.Tensor) -> bool | torch.Tensor:
+    """Whether flat [N] is zero everywhere; on a GPU, for which nobody waits, 0-d."""
+    if not flat.numel():
+        return True
+    if not flat.is_cuda and bool(flat[:_FEW].any()):  # almost always: a pass over all of it is spared
+        return False
+    lowest, highest = torch.aminmax(flat)
+    return (lowest == 0) & (highest == 0)
 
 
 def _calling(weak: "weakref.ref[Anchored]", name: str) -> Callable[[], None]:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from thinwire.methods import DivideAndShuffle, Method
 from thinwire.methods.schedules import Hosts, Partition
@@ -14,7 +13,7 @@ from thinwire.replicas.moments import moment_names, moments_every
 from thinwire.replicas.stepping import check_steps_in_pieces
 from thinwire.state import agree
 from thinwire.state.cautions import caution_groups
-from thinwire.state.checks import check_owned
+from thinwire.state.checks import check_followed
 
 _log = logging.getLogger("thinwire")
 
@@ -52,13 +51,7 @@ def agreed_partitions(method: DivideAndShuffle, optimizer: Any, all_gather_objec
 
 def check_optimizer(method: DivideAndShuffle, optimizer: Any, parameters: list[tuple[str, torch.Tensor]]) -> None:
     """Raise TypeError or ValueError for an optimizer whose steps the rounds cannot follow. parameters: (name, p)."""
-    if optimizer is None:
-        raise ValueError("DivideAndShuffle averages after every optimizer step: pass optimizer=")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        raise TypeError("ZeroRedundancyOptimizer steps each parameter on one rank only: use the optimizer inside it")
-    check_owned(optimizer, parameters)
+    check_followed(optimizer, parameters, "DivideAndShuffle averages after every optimizer step")
     every = method.average_optimizer_state
     if every != "auto" and every and "betas" not in optimizer.defaults:
         raise ValueError(

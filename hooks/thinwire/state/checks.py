@@ -4,6 +4,7 @@ from collections.abc import Container
 from typing import Any
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.methods import BlockSparse, Method
@@ -122,6 +123,18 @@ def check_momentum(method: Method, optimizer: torch.optim.Optimizer | None) -> N
                 f"BlockSparse(momentum={momentum}) keeps the momentum, and {type(optimizer).__name__}'s parameter "
                 f"group {i} has {own} of its own: set the optimizer's to 0, or the method's"
             )
+
+
+def check_followed(optimizer: Any, parameters: list[tuple[str, torch.Tensor]], why: str) -> None:
+    """Raise TypeError or ValueError for an optimizer whose steps nobody can follow. parameters: (name, p) that it must
+    step on every rank. why: it is needed."""
+    if optimizer is None:
+        raise ValueError(f"{why}: pass optimizer=")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: it must be a torch.optim.Optimizer")
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        raise TypeError("ZeroRedundancyOptimizer steps each parameter on one rank only: use the optimizer inside it")
+    check_owned(optimizer, parameters)
 
 
 def check_owned(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, torch.Tensor]]) -> None:
