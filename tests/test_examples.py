@@ -51,12 +51,13 @@ def check_bytes_of_the_ddp_example(output, ranks):
 
 
 def test_the_ddp_example_learns_at_a_fraction_of_the_bytes():
-    output = run(*TORCHRUN, "--nproc-per-node", 2, "examples/ddp.py")
+    output = run(*TORCHRUN, "--nproc-per-node", 2, "examples/ddp.py", "--steps", 120)
     assert accuracy(output) > 0.9
     assert compression(output) > 15
     check_bytes_of_the_ddp_example(output, 2)
 
 
+@pytest.mark.full
 def test_the_ddp_example_runs_on_a_thin_network():
     output = run(sys.executable, "benchmarks/thinnet.py", "--ranks", 2, "--mbit", 50, "--", sys.executable,
                  "examples/ddp.py", "--steps", 50)  # fmt: skip

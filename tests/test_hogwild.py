@@ -597,6 +597,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full
 def test_the_updates_of_two_workers_add_up_without_compiled_operators(tmp_path):
     process = run_script(tmp_path, PLAIN, THINWIRE_REFERENCE="1")
     _, errors = process.communicate(timeout=60)
@@ -613,6 +614,7 @@ def test_the_example_learns_with_one_process_and_with_two():
     assert len(found) == 2 and min(map(float, found)) > 0.9, output
 
 
+@pytest.mark.full
 def test_the_error_feedback_benchmark_measures_every_method(tmp_path):
     subprocess.run([sys.executable, "benchmarks/elastic/error_feedback.py", "--workers", "2", "--rates", "0.1", "0.2",
                     "--seeds", "2", "--updates", "30", "--out", str(tmp_path)], cwd=ROOT, check=True,

@@ -522,6 +522,7 @@ def test_every_method_of_ddp_trains_and_sends_what_it_says(ledger):
     check_training(ledger, TRAINED)
 
 
+@pytest.mark.full
 def test_horovods_methods_train_and_equal_ddp(ledger):
     pytest.importorskip("horovod.torch")
     methods = [name for name, one in CONTESTANTS.items() if one.door != DDP]
