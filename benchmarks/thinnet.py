@@ -14,6 +14,23 @@ error, SIGINT, SIGTERM or SIGHUP.
 
 A script inside a rank reads its interface's own counters with `interface_bytes()`.
 
+    python benchmarks/thinnet.py --ranks 4 --mbit 100 --delay 10 --jitter 1 --loss 0.1 -- ...
+
+adds 10 ms one way between any two ranks, give or take 1 ms, and loses 0.1 % of the packets. The
+kernel's netem does it where there is one. Else a userspace switch does, relay.cpp, which needs a
+C++ compiler, once. Over the switch
+
+- frames are of up to 9000 bytes, to keep it cheap: headers are 0.7 % of the rate in place of
+  4.4 %, and a loss takes a larger frame.
+- its own CPU time is not the ranks'. Cores that it shares with them it slows: `relay_cpu_s()`
+  and a line on stderr say how much it used.
+- jitter never changes the order of frames, so on a busy path the delay comes near its largest
+  value. (netem's does change the order.)
+
+TCP is as on a host with long paths: cubic, windows of up to 32 MB, and the kernel's slow start
+after a pause (tcp_slow_start_after_idle) left on. A path that was idle for longer than a
+retransmission timeout finds its rate anew, as on a real network.
+
 Linux only. Needs `ip` and `tc` (package iproute2), and root or unprivileged user namespaces.
 Without them the ranks share the loopback and one line on stderr says that timings mean nothing.
 """
@@ -37,13 +54,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from relay import Counts, Relay
 
 INTERFACE = "eth0"
 SUBNET = "10.77.0"  # seen only inside our namespaces, so it cannot clash with the host's networks
 MAX_RANKS = 250  # one /24
 FRAME = 1514  # bytes: MTU of 1500 and the Ethernet header
+RELAY_MTU = 9000
 
 OnLine = Callable[[int, str, str], None]  # rank, line, "stdout" or "stderr"
 
@@ -53,18 +74,44 @@ _serial = itertools.count()
 
 @dataclass(frozen=True)
 class LinkShape:
-    """The rate of one link, each way.
+    """The rate of one link, each way, and what a packet meets between two links.
 
-    Raises ValueError for a rate that is negative, not finite or under 0.01.
+    Raises ValueError for a rate that is negative, not finite or under 0.01; a delay or jitter that
+    is negative or not finite; more jitter than delay; a loss outside of [0, 1).
     """
 
     # 10^6 bits a second; 0 leaves the link unshaped. Headers count: of the rate, 95.6 % is left
     # for what TCP carries.
     mbit: float = 0.0
+    delay_ms: float = 0.0  # one way, between any two ranks
+    jitter_ms: float = 0.0  # each packet's delay is delay_ms ± at most this
+    loss: float = 0.0  # share of the packets that never arrive
 
     def __post_init__(self):
         if not (math.isfinite(self.mbit) and (self.mbit == 0 or self.mbit >= 0.01)):
             raise ValueError(f"mbit={self.mbit!r}: expected 0 (unshaped), or at least 0.01 (Mbit/s each way)")
+        if not (math.isfinite(self.delay_ms) and self.delay_ms >= 0):
+            raise ValueError(f"delay_ms={self.delay_ms!r}: expected 0 or more (ms one way)")
+        if not 0 <= self.jitter_ms <= self.delay_ms:
+            raise ValueError(f"jitter_ms={self.jitter_ms!r}: expected 0 to delay_ms={self.delay_ms!r}")
+        if not 0 <= self.loss < 1:
+            raise ValueError(f"loss={self.loss!r}: expected a share from 0 to under 1")
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether packets meet more than a rate."""
+        return bool(self.delay_ms or self.loss)
+
+    @property
+    def queue_bytes(self) -> int:
+        """The queue of one direction.
+
+        As in a switch's port: 50 ms and a round trip, or 128 kB, take the first windows of several
+        senders to one rank. A shorter queue drops their tails, and TCP sits out 200 ms; a longer
+        one only adds delay. (A fast rank that sends to a slow link still overruns it while TCP
+        finds the rate, and sends up to a quarter twice, as on a real network.)
+        """
+        return max(128_000, int(self.mbit * 1e6 / 8 * (50e-3 + 2e-3 * self.delay_ms)))
 
     def tbf(self) -> list[str]:
         """The arguments of `tc qdisc ... tbf`."""
@@ -74,13 +121,14 @@ class LinkShape:
         # for good. Half a millisecond is enough to fill a link of 1 Gbit/s from two cores; three
         # frames keep slow links full.
         burst = max(3 * FRAME, int(bytes_per_s * 0.5e-3))
-        # limit is the queue, as in a switch's port: 50 ms, or 128 kB, take the first windows of
-        # several senders to one rank. A shorter queue drops their tails, and TCP sits out 200 ms;
-        # a longer one only adds delay. (A fast rank that sends to a slow link still overruns it
-        # while TCP finds the rate, and sends up to a quarter twice, as on a real network.)
-        limit = max(128_000, int(bytes_per_s * 50e-3))
         rate = f"{self.mbit * 1e6:.0f}bit"
-        return ["rate", rate, "burst", f"{burst}b", "limit", f"{limit}b"]
+        return ["rate", rate, "burst", f"{burst}b", "limit", f"{self.queue_bytes}b"]
+
+    def netem(self) -> list[str]:
+        """The arguments of `tc qdisc ... netem`."""
+        # limit counts packets under way: as many as there may be, or netem drops what it delays.
+        delay = ["delay", f"{self.delay_ms * 1e3:.0f}us", f"{self.jitter_ms * 1e3:.0f}us"]
+        return [*delay, "loss", f"{self.loss * 100:g}%", "limit", "1000000"]
 
 
 class InterfaceBytes(NamedTuple):
@@ -95,7 +143,7 @@ def interface_bytes() -> InterfaceBytes | None:
 
     What TCP carries takes 4.6 % more than its own size here, or less: the kernel passes several
     packets on as one, with one header, where they fit the shaper's burst or the link is unshaped.
-    Resent packets count again.
+    Over the relay, with its larger frames, it takes 0.7 % more. Resent packets count again.
     """
     name = os.environ.get("THINNET_INTERFACE")
     if name is None:
@@ -110,7 +158,7 @@ def interface_bytes() -> InterfaceBytes | None:
 
 
 class ThinNet:
-    """Ranks in network namespaces, joined by a bridge, each link shaped both ways.
+    """Ranks in network namespaces, joined by a switch, each link shaped both ways.
 
     A context manager: namespaces are made on entry and removed on exit, with all that runs in
     them. Between, SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit(128 +
@@ -119,17 +167,22 @@ class ThinNet:
     Args:
         ranks: number of ranks, 1 to 250.
         mbit: rate of every link each way in Mbit/s; 0 for unshaped links.
+        delay_ms: milliseconds one way between any two ranks, beside what the rates take.
+        jitter_ms: how much a packet's delay may differ from it, uniformly; at most `delay_ms`.
+        loss: share of the packets that are lost, 0 to under 1.
 
     Raises ValueError for other arguments. Where namespaces are impossible it does not raise: the
     ranks then share the loopback, `isolated` and `shaped` are False, `why` gives the reason, and
     stderr got it in one line.
     """
 
-    def __init__(self, ranks: int, mbit: float = 0.0):
+    def __init__(
+        self, ranks: int, mbit: float = 0.0, delay_ms: float = 0.0, jitter_ms: float = 0.0, loss: float = 0.0
+    ):
         if not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"ranks={ranks!r}: expected 1 to {MAX_RANKS}")
         self.ranks = ranks
-        self.shapes = [LinkShape(mbit)] * ranks
+        self.shapes = [LinkShape(mbit, delay_ms, jitter_ms, loss)] * ranks
         self.isolated = False  # whether each rank has its own namespace and interface
         self.failed_rank: int | None = None  # of the last run: the first rank that failed
         self._open = False
@@ -141,13 +194,34 @@ class ThinNet:
 
     @property
     def shaped(self) -> bool:
-        """Whether a link has a rate, so that timings mean something."""
-        return self.isolated and any(shape.mbit for shape in self.shapes)
+        """Whether a link has a rate or a delay, so that timings mean something."""
+        return self.isolated and any(shape.mbit or shape.is_delayed for shape in self.shapes)
 
     @property
     def why(self) -> str | None:
         """Why the net is not shaped; None if it is."""
         return None if self.shaped else self._no_namespaces or "no rate was asked for (mbit=0)"
+
+    @property
+    def delayed_by(self) -> str | None:
+        """What makes delay, jitter and loss: "netem" or "relay"; None where nothing does."""
+        return self._namespaces.delayed_by if self._namespaces else None
+
+    def relay_counts(self) -> Counts | None:
+        """What the userspace switch used and dropped since it started; None where there is none.
+
+        Raises OSError if it is gone.
+        """
+        relay = self._namespaces and self._namespaces.relay
+        return relay.counts() if relay else None
+
+    def relay_cpu_s(self) -> float | None:
+        """CPU seconds that the userspace switch has used so far; None where there is none.
+
+        They hold what the kernel does in its name: the receivers' TCP, among others.
+        """
+        counts = self.relay_counts()
+        return counts.cpu_s if counts else None
 
     def __enter__(self):
         self._signals.install()
@@ -179,7 +253,7 @@ class ThinNet:
         else:
             reasons = []
             for rootless in (False, True):
-                namespaces = _Namespaces(self.ranks, rootless)
+                namespaces = _Namespaces(self.ranks, rootless, self.shapes[0])
                 try:
                     namespaces.make()
                     for rank, shape in enumerate(self.shapes):
@@ -195,14 +269,14 @@ class ThinNet:
         _say(f"NOT SHAPED, timings mean nothing: all ranks share the loopback, as {because}")
 
     def shape(self, rank: int, mbit: float) -> None:
-        """Gives one rank's link another rate each way, in Mbit/s; 0 for none.
+        """Gives one rank's link another rate each way, in Mbit/s; 0 for none. Keeps the delay.
 
         Does nothing on the loopback, where `shaped` is False. Raises ValueError for a rank or a
-        rate that is not allowed, OSError where `tc` fails.
+        rate that is not allowed, OSError where `tc` or the relay fails.
         """
         if not 0 <= rank < self.ranks:
             raise ValueError(f"rank={rank!r}: expected 0 to {self.ranks - 1}")
-        shape = LinkShape(mbit)
+        shape = replace(self.shapes[rank], mbit=mbit)
         if self._namespaces:
             self._namespaces.shape(rank, shape)
             self.shapes[rank] = shape
@@ -232,7 +306,7 @@ class ThinNet:
             0. `failed_rank` names the rank.
 
         Raises RuntimeError outside the `with`, ValueError for an empty command or a negative
-        `grace_s`, FileNotFoundError for a program that is not there.
+        `grace_s`, FileNotFoundError for a program that is not there, OSError if the relay ends.
         """
         if not self._open:
             raise RuntimeError("run() outside of the context: use `with ThinNet(...) as net:`")
@@ -292,11 +366,15 @@ class ThinNet:
                 for stream in ("stdout", "stderr"):
                     pipe = getattr(rank.process, stream)
                     selector.register(pipe, selectors.EVENT_READ, (rank, stream))
+            if self._namespaces and self._namespaces.relay:
+                selector.register(self._namespaces.relay.pidfd, selectors.EVENT_READ, (None, None))
             alive = {rank.rank for rank in self._running}
             while alive and time.monotonic() < end_at:
                 timeout = None if end_at == math.inf else max(0, end_at - time.monotonic())
                 for key, _ in selector.select(timeout):
                     rank, stream = key.data
+                    if rank is None:
+                        raise OSError("the relay ended in the middle of a run")
                     if stream:
                         if not rank.read(stream, on_line):
                             selector.unregister(key.fileobj)
@@ -392,11 +470,13 @@ class _Rank:
 class _Namespaces:
     """The network itself: one namespace a rank, and one for the bridge that joins them.
 
+    With a delay and without netem, a relay joins them, and the bridge is not made.
+
     The bridge has its own namespace, so that no interface or route of the host is touched.
     Methods raise OSError with the failed command and what it said.
     """
 
-    def __init__(self, ranks: int, rootless: bool):
+    def __init__(self, ranks: int, rootless: bool, path: LinkShape):
         run = f"thinwire-{os.getpid()}-{next(_serial)}"
         self._wanted = [f"{run}-{rank}" for rank in range(ranks)]
         self._bridge = f"{run}-bridge"
@@ -404,39 +484,96 @@ class _Namespaces:
         self._rootless = rootless
         self._enter: list[str] = []  # what takes a command into our user namespace
         self._holder: subprocess.Popen | None = None
+        self._path = path  # what there is between two links
+        self.delayed_by: str | None = None
+        self.relay: Relay | None = None
 
     def make(self) -> None:
         if self._rootless:
             self._make_user_namespace()
         self._add(self._bridge)
-        self._ip("-n", self._bridge, "link", "add", "br0", "type", "bridge")
-        self._without_ipv6(self._bridge, "br0")
-        self._ip("-n", self._bridge, "link", "set", "br0", "up")
-        for rank, name in enumerate(self._wanted):
-            port, bridge = f"rank{rank}", ("-n", self._bridge)
+        for name in self._wanted:
             self._add(name)
+        if self._path.is_delayed:
+            self.delayed_by = "netem" if self._has_netem() else "relay"
+        if self.delayed_by == "relay":
+            self._plug_into_relay()
+        else:
+            self._plug_into_bridge()
+        for rank, name in enumerate(self._wanted):
+            self._set_up(name, f"{SUBNET}.{rank + 1}")
+
+    def _plug_into_bridge(self) -> None:
+        bridge = ("-n", self._bridge)
+        self._ip(*bridge, "link", "add", "br0", "type", "bridge")
+        self._without_ipv6(self._bridge, "br0")
+        self._ip(*bridge, "link", "set", "br0", "up")
+        for rank, name in enumerate(self._wanted):
+            port = f"rank{rank}"
             self._ip(*bridge, "link", "add", port, "type", "veth",
                      "peer", "name", INTERFACE, "netns", name)  # fmt: skip
-            self._without_ipv6(name, INTERFACE)
             self._without_ipv6(self._bridge, port)
-            self._ip("-n", name, "address", "add", f"{SUBNET}.{rank + 1}/24", "dev", INTERFACE)
-            self._ip("-n", name, "link", "set", "lo", "up")
-            self._ip("-n", name, "link", "set", INTERFACE, "up")
             self._ip(*bridge, "link", "set", port, "master", "br0", "up")
-            # Runs a command for the first time, so a sandbox that forbids it is found out here.
-            # The host's congestion control may be one that overruns short queues (BBR lost a
-            # quarter of a 10 Mbit/s link here); reno is in every kernel and keeps links full.
-            reno = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control || true"
-            self._call(*self._exec(name), "sh", "-c", f"({reno}) 2>/dev/null")
+
+    def _plug_into_relay(self) -> None:
+        from relay import Relay  # only here: without a delay this file stands alone
+
+        files = [f"/run/netns/{name}" for name in self._wanted]
+        path = (self._path.delay_ms, self._path.jitter_ms, self._path.loss)
+        self.relay = Relay(self._enter, INTERFACE, files, *path)
+        for name in self._wanted:
+            self._ip("-n", name, "link", "set", INTERFACE, "mtu", str(RELAY_MTU))
+
+    def _set_up(self, name: str, address: str) -> None:
+        self._without_ipv6(name, INTERFACE)
+        self._ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
+        self._ip("-n", name, "link", "set", "lo", "up")
+        self._ip("-n", name, "link", "set", INTERFACE, "up")
+        # Runs a command for the first time, so a sandbox that forbids it is found out here.
+        # The host's congestion control may be one that overruns short queues (BBR lost a
+        # quarter of a 10 Mbit/s link here); reno is in every kernel and keeps links full.
+        settings = {"tcp_congestion_control": "reno"}
+        if self._path.is_delayed:
+            # What 1000 Mbit/s hold over 100 ms there and back, and as much again.
+            settings |= {"tcp_rmem": "4096 131072 33554432", "tcp_wmem": "4096 16384 33554432"}
+        script = "; ".join(f"echo {value} > /proc/sys/net/ipv4/{key}" for key, value in settings.items())
+        self._call(*self._exec(name), "sh", "-c", f"({script}) 2>/dev/null || true")
+        if self._path.is_delayed:
+            # reno takes a round trip for each packet to grow its window; over a long path hosts
+            # have cubic. A route may name it where a namespace's default may not. May fail:
+            # then the kernel has none.
+            route = ["dev", INTERFACE, "proto", "kernel", "scope", "link", "src", address]
+            self._ip("-n", name, "route", "change", f"{SUBNET}.0/24", *route, "congctl", "cubic", check=False)
+
+    def _has_netem(self) -> bool:
+        qdisc = [_which("tc"), "-n", self._bridge, "qdisc"]
+        try:
+            self._call(*qdisc, "add", "dev", "lo", "root", "netem", "delay", "1ms")
+        except OSError:
+            return False
+        self._call(*qdisc, "delete", "dev", "lo", "root")
+        return True
 
     def shape(self, rank: int, shape: LinkShape) -> None:
+        if self.relay:
+            self.relay.set_rate(rank, shape.mbit, shape.queue_bytes)
+            return
         # Shaping works on what leaves an interface: rank to switch at eth0, back at the port.
-        for name, device in ((self._wanted[rank], INTERFACE), (self._bridge, f"rank{rank}")):
-            qdisc = [_which("tc"), "-n", name, "qdisc"]
-            if shape.mbit:
-                self._call(*qdisc, "replace", "dev", device, "root", "tbf", *shape.tbf())
-            else:
-                self._call(*qdisc, "delete", "dev", device, "root", check=False)  # may have none
+        self._replace_qdisc(self._wanted[rank], INTERFACE, ["root"], shape)
+        port, parent = f"rank{rank}", ["root"]
+        if shape.is_delayed:
+            # Only at the port, or a path would have the delay twice.
+            parent = ["parent", "1:1", "handle", "10:"]
+            qdisc = [_which("tc"), "-n", self._bridge, "qdisc", "replace", "dev", port]
+            self._call(*qdisc, "root", "handle", "1:", "netem", *shape.netem())
+        self._replace_qdisc(self._bridge, port, parent, shape)
+
+    def _replace_qdisc(self, name: str, device: str, parent: list[str], shape: LinkShape) -> None:
+        qdisc = [_which("tc"), "-n", name, "qdisc"]
+        if shape.mbit:
+            self._call(*qdisc, "replace", "dev", device, *parent, "tbf", *shape.tbf())
+        else:
+            self._call(*qdisc, "delete", "dev", device, *parent, check=False)  # may have none
 
     def command(self, rank: int, argv: Sequence[str]) -> list[str]:
         """`argv` as run inside the rank's namespace, in this process's working directory."""
@@ -458,6 +595,9 @@ class _Namespaces:
     def remove(self) -> list[str]:
         """Returns the names that could not be removed, and says why on stderr."""
         kept = []
+        if self.relay:
+            self.relay.close()
+            self.relay = None
         while self._made:  # links and qdiscs go with their namespace
             name = self._made.pop()
             try:
@@ -587,7 +727,7 @@ def cleanup() -> list[str]:
     """
     if _which("ip") is None:
         raise OSError("ip not found: install the package iproute2")
-    leftovers = _Namespaces(0, rootless=False)
+    leftovers = _Namespaces(0, rootless=False, path=LinkShape())
     for line in leftovers._ip("netns", "list").splitlines():
         name = re.match(r"thinwire-(\d+)-\S+", line)
         if name and not _is_alive(int(name[1])):
@@ -638,6 +778,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "for unshaped links"
     )  # fmt: skip
     parser.add_argument(
+        "--delay", type=float, default=0.0, metavar="MS", help="milliseconds one way between any "
+        "two ranks (default 0)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--jitter", type=float, default=0.0, metavar="MS", help="how far a packet's delay may be "
+        "from that, either way (default 0)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--loss", type=float, default=0.0, metavar="PERCENT", help="packets that are lost "
+        "(default 0)"
+    )  # fmt: skip
+    parser.add_argument(
         "--grace", type=float, default=5.0, metavar="SECONDS", help="time for the other ranks to "
         "end by themselves when one has failed (default 5)"
     )  # fmt: skip
@@ -664,8 +816,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no command: expected `-- command ...` after the options")
     if not options.grace >= 0:
         parser.error(f"--grace {options.grace}: expected seconds, 0 or more")
+    if not 0 <= options.loss < 100:
+        parser.error(f"--loss {options.loss}: expected a percentage from 0 to under 100")
     try:
-        net = ThinNet(options.ranks, options.mbit)
+        net = ThinNet(options.ranks, options.mbit, options.delay, options.jitter, options.loss / 100)
     except ValueError as error:
         parser.error(str(error))
 
@@ -681,6 +835,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with net:
             status = net.run(command, on_line=on_line, grace_s=options.grace)
+            if counts := net.relay_counts():
+                _say(
+                    f"the relay used {counts.cpu_s:.2f} s of CPU (not the ranks'); frames dropped by "
+                    f"full queues {counts.dropped}, lost as asked {counts.lost}, by rank"
+                )
     except FileNotFoundError as error:
         _say(str(error))
         return 127
