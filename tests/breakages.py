@@ -501,6 +501,14 @@ BREAKAGES = {
         "advice/trial.py", "if nbytes := self._replica_bytes(method):", "if nbytes := 0:",
         ("test_advise.py::test_a_step_of_a_round_sends_what_is_estimated",),
     ),
+    "waves-travel-at-the-same-time": Breakage(
+        "advice/rehearsal.py", "in_turn=bool(self._beside)", "in_turn=False",
+        ("test_advise.py::test_waves_travel_one_after_the_other_and_pytorchs_buckets_do_not",),
+    ),
+    "a-backend-has-any-number-of-threads": Breakage(
+        "advice/cost.py", "if len(self._ends) >= self.link.at_once:", "if False:",
+        ("test_cost.py::test_what_a_backend_has_no_thread_for_waits_with_its_latency",),
+    ),
     "a-ring-sends-everything-twice": Breakage(
         "advice/cost.py", "else (n - 1) / n)\n", "else 1.0)\n",
         ("test_cost.py::test_hops_and_bytes_are_those_of_counted_messages",),

@@ -6,7 +6,9 @@ after the other, in which a rank sends ``sent`` bytes, takes
 
     hops * latency_s + sent / bytes_per_s
 
-and of collectives under way at once, bytes queue for the link, latencies do not. With n ranks and S bytes a rank:
+and of collectives under way at once, bytes queue for the link, latencies do not. No more than ``Link.at_once`` are: a
+backend has so many threads or streams, and what is started beyond them waits until one ends, latency and all. With n
+ranks and S bytes a rank:
 
     collective               hops                 sent
     ring all-reduce          2 (n - 1)            2 (n - 1) / n S
@@ -21,6 +23,7 @@ another's, but they get in each other's way at the receivers: ``Link.all_to_all`
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,16 +42,20 @@ class Link:
     """What a rank's link can do.
 
     latency_s: of one hop, software included. bytes_per_s: see above; of payload, so protocol headers are taken off.
-    all_to_all: the share of bytes_per_s that an all-to-all reaches, in (0, 1].
+    On Gloo a hop is a round trip: a message is sent once its receiver has asked for it.
+    all_to_all: the share of bytes_per_s that an all-to-all reaches, in (0, 1]. at_once: collectives under way together.
     """
 
     latency_s: float
     bytes_per_s: float
     all_to_all: float = 1.0
+    at_once: float = math.inf
 
     def __post_init__(self):
-        if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.all_to_all <= 1):
-            raise ValueError(f"{self}: latency_s must be 0 or more, bytes_per_s above 0 and all_to_all in (0, 1]")
+        if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.all_to_all <= 1 and self.at_once >= 1):
+            raise ValueError(
+                f"{self}: latency_s must be 0 or more, bytes_per_s above 0, all_to_all in (0, 1] and at_once 1 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -162,11 +169,12 @@ class Script:
     """What a communication hook does with one bucket.
 
     body: in the hook, which stops the backward pass for as long. after: once what the body started is there, beside
-    the backward pass.
+    the backward pass. in_turn: one thread, or stream, does that for such buckets, waits and all, one after the other.
     """
 
     body: tuple[Local | Start | Wait, ...] = ()
     after: tuple[Local | Start | Wait, ...] = ()
+    in_turn: bool = False
 
     @property
     def sent(self) -> float:
@@ -197,14 +205,15 @@ def step_time(compute: Compute, scripts: Sequence[Script], link: Link, at_end: S
     A hook's body delays the rest of the backward pass; what it started runs beside that. The step ends with the rest
     of compute (optimizer and so on) once all buckets are there. at_end: done after that, as averaging replicas is.
     Collectives get the link in the order in which they are started, those of callbacks after those of bodies; one
-    processor does the work of all callbacks, beside the one that does the backward pass.
+    processor does the work of all callbacks, beside the one that does the backward pass, in the order in which it comes
+    up, while others wait for the link; see Script for those that take turns.
     """
     wire = _Wire(link)
     late, arrivals = 0.0, []
     for ready, script in zip(compute.ready_s, scripts, strict=True):
         now, there = _run(script.body, ready + late, wire)
         late = now - ready
-        arrivals.append((max(now, there), script.after))
+        arrivals.append((max(now, there), script))
     ends = [compute.ready_s[-1] + late, *_callbacks(arrivals, wire)]
     end = max(ends) + compute.step_s - compute.ready_s[-1]
     return end if at_end is None else max(_run(at_end.body + (Wait(),) + at_end.after, end, wire))
@@ -216,15 +225,23 @@ def script_time(script: Script, link: Link) -> float:
 
 
 def _callbacks(arrivals, wire):
-    """When each is done. arrivals: (when it may begin, its events). Their work is done in the order in which it comes
+    """When each is done. arrivals: (when it may begin, its script). Their work is done in the order in which it comes
     up."""
     free, ends = 0.0, []
-    queue = [(begin, i, begin, events) for i, (begin, events) in enumerate(arrivals)]
+    turns = deque(i for i, (_, script) in enumerate(arrivals) if script.in_turn)  # the first is on, the others wait
+    first = [i for i, (_, script) in enumerate(arrivals) if not script.in_turn or i == turns[0]]
+    queue = [(arrivals[i][0], i, arrivals[i][0], arrivals[i][1].after) for i in first]
     heapq.heapify(queue)
     while queue:
         now, i, there, events = heapq.heappop(queue)
         if not events:
             ends.append(max(now, there))
+            if turns and i == turns[0]:
+                turns.popleft()
+                if turns:
+                    begin, script = arrivals[turns[0]]
+                    begin = max(begin, ends[-1])
+                    heapq.heappush(queue, (begin, turns[0], begin, script.after))
             continue
         if isinstance(events[0], Local):
             now = free = max(now, free) + events[0].seconds
@@ -239,11 +256,16 @@ class _Wire:
 
     def __init__(self, link):
         self.link, self.free = link, 0.0
+        self._ends: list[float] = []  # of what is under way, a heap
 
     def start(self, collective, now):
         """When it will be there."""
+        if len(self._ends) >= self.link.at_once:
+            now = max(now, heapq.heappop(self._ends))
         self.free = max(self.free, now) + collective.wire_s(self.link)
-        return self.free + collective.hops * self.link.latency_s
+        end = self.free + collective.hops * self.link.latency_s
+        heapq.heappush(self._ends, end)
+        return end
 
 
 def _run(events, now, wire):

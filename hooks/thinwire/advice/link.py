@@ -1,4 +1,5 @@
-"""Measure a link with three short collectives: an empty all-reduce, one of some size, and an all-to-all like it."""
+"""Measure a link with short collectives: an empty all-reduce, several empty all-to-alls at once, an all-reduce of some
+size, and an all-to-all like it."""
 
 import statistics
 from collections.abc import Callable
@@ -14,6 +15,7 @@ EMPTY, TIMES, FIRST = 256, 20, 3  # bytes; how many; the first ones, which open 
 LEAST, GROWTH = 2**16, 4  # bytes of the first one of some size, and what each next is larger by
 MOST = 2**26  # bytes: with it goes an all-to-all of twice as many, twice
 LONG_ENOUGH = 0.2  # seconds: long against bursts and queues
+MANY, AGAIN = 8, 5  # empty ones at once; how often
 PIECES = 4  # at once in an all-to-all; thinwire cuts large ones into pieces too
 
 
@@ -29,6 +31,7 @@ def measure(group: dist.ProcessGroup, device: torch.device, most_bytes: int) -> 
     empty = torch.zeros(EMPTY // 4, device=device)
     spent = [_slowest(lambda: dist.all_reduce(empty, group=group), group, device) for _ in range(TIMES)]
     latency = statistics.mean(spent[FIRST:]) / Collective("all_reduce", 0, n).hops
+    at_once = _at_once(group, device)
     nbytes = LEAST
     while True:
         full = allocated(lambda: torch.zeros(nbytes // 4, device=device))
@@ -44,7 +47,19 @@ def measure(group: dist.ProcessGroup, device: torch.device, most_bytes: int) -> 
     collective = Collective("all_to_all", 4 * rows.numel(), n)
     exchange = lambda: _wait([dist.all_to_all_single(*pair, group=group, async_op=True) for pair in zip(there, rows)])
     share = _rate(collective, [_slowest(exchange, group, device) for _ in range(3)], latency) / rate
-    return Link(latency, rate, min(1.0, share))
+    return Link(latency, rate, min(1.0, share), at_once)
+
+
+def _at_once(group, device) -> int:
+    """How many collectives the backend has under way together, MANY at the most: where latencies overlap, many empty
+    ones take no longer than one. Gloo has two threads."""
+    pairs = [(torch.zeros(group.size(), device=device), torch.empty(group.size(), device=device)) for _ in range(MANY)]
+    start = lambda pair: dist.all_to_all_single(*pair, group=group, async_op=True)
+    one, many = (
+        statistics.median(_slowest(lambda: _wait([start(pair) for pair in some]), group, device) for _ in range(AGAIN))
+        for some in (pairs[:1], pairs)
+    )
+    return max(1, min(MANY, round(MANY * one / many)))
 
 
 def _rate(collective, spent, latency):

@@ -123,12 +123,12 @@ class Echo(dist.ProcessGroup):
         self._since = None
 
     def beside(self, job: Callable[[], None]) -> None:
-        """To be done beside the backward pass, after the hook's body."""
+        """To be done beside the backward pass, after the hook's body, in turn with other buckets' jobs."""
         self._beside.append(job)
 
     def script(self) -> Script:
         """What was done since :meth:`begin`."""
-        return Script(self._body, tuple(self._events))
+        return Script(self._body, tuple(self._events), in_turn=bool(self._beside))
 
     # The collectives, under the names that different versions of torch.distributed call.
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 
 import torch
@@ -66,7 +67,7 @@ class Trial:
         else:
             scripts = self._agreed(lambda: self._rehearse(candidate, cut))
         compute = Compute(compute.ready_s, compute.step_s + sum(event.seconds for s in added for event in s.after))
-        whole = [Script(copy.body + script.body, script.after) for copy, script in zip(added, scripts)]
+        whole = [replace(script, body=copy.body + script.body) for copy, script in zip(added, scripts)]
         sent = sum(script.sent for script in scripts) + (0 if at_end is None else at_end.sent)
         return step_time(compute, whole, self.link, at_end), sent
 
@@ -183,8 +184,9 @@ def replica_bytes(ddp, optimizer: torch.optim.Optimizer, method: DivideAndShuffl
 def _typical(scripts: Sequence[Script], of: Callable) -> Script:
     """Scripts of the same bucket as one, event by event. Those that do something else than the last are left out."""
     alike = [script for script in scripts if _kinds(script) == _kinds(scripts[-1])]
-    return Script(*(tuple(_merged(events, of) for events in zip(*(getattr(script, part) for script in alike)))
-                    for part in ("body", "after")))  # fmt: skip
+    parts = {part: tuple(_merged(events, of) for events in zip(*(getattr(script, part) for script in alike)))
+             for part in ("body", "after")}  # fmt: skip
+    return replace(scripts[-1], **parts)
 
 
 def _kinds(script):

@@ -80,7 +80,7 @@ def advise(ddp: DistributedDataParallel, make_batch: Callable[[], object], loss_
            steps: int = 10) -> Advice:  # fmt: skip
     """Predict what plain DDP, PyTorch's hooks and thinwire's methods would make of your step. Call it on every rank.
 
-    It measures your step without communication, the link with three short collectives, and each method's own work on
+    It measures your step without communication, the link with short collectives, and each method's own work on
     your gradients with all ranks at it at once; the rest is arithmetic (:mod:`thinwire.advice.cost`). Nothing of your
     training is changed: parameters, gradients, buffers, DDP's hook, the optimizer and the global random generators are
     as they were. make_batch is called a few times more than ``steps``, and what else it, loss_fn and your modules keep
