@@ -42,7 +42,8 @@ bench: $(VENV)/.thinwire $(VENV)/.iproute2
 	mkdir -p results
 	$(PY) -m pytest benchmarks/operators --benchmark-only --benchmark-json results/bench_raw.json
 	$(PY) benchmarks/operators/table.py results/bench_raw.json
-	$(PY) benchmarks/suite/train.py --quick
+	$(PY) benchmarks/suite/steps.py --quick --out results
+	$(PY) benchmarks/suite/train.py --quick --out results
 
 # On a machine with a GPU and nvcc, whose Python (PYTHON=) has a torch with CUDA, pytest and hypothesis: builds, tests
 # and measures, in under nine minutes, and writes the figures into the docs. Without a GPU: what a CPU can do of it.
@@ -52,9 +53,12 @@ gpu: HAS_TORCH = $(shell $(PYTHON) -c "import torch, pytest, hypothesis" 2>/dev/
 gpu: $$(if $$(HAS_TORCH),,$(VENV)/.thinwire)
 	$(if $(HAS_TORCH),$(PYTHON),$(PY)) benchmarks/operators/gpu.py
 
-# A night. It goes on where it was interrupted.
-bench-full: $(VENV)/.thinwire $(VENV)/.horovod $(VENV)/.iproute2
-	$(PY) benchmarks/suite/train.py --full
+# Says how long it will take, which is some days, and goes on where it was interrupted. The steps come first: they
+# want a machine with nothing else to do.
+bench-full: $(VENV)/.thinwire $(VENV)/.iproute2
+	$(PY) benchmarks/suite/steps.py --out results
+	$(PY) benchmarks/suite/train.py --out results
+	$(PY) benchmarks/suite/report.py --out results --draw
 
 horovod: $(VENV)/.horovod
 

@@ -6,8 +6,9 @@ import json
 import pytest
 import thinwire
 import torch
-from suite import scale
-from suite.methods import CONTESTANTS
+from suite import networks, scale
+from suite.tasks import MAIN
+from suite.ways import WAYS
 from thinwire import BlockSparse, Dense
 from thinwire.advice.cost import (
     ALGORITHMS,
@@ -144,6 +145,10 @@ def test_a_step_by_hand():
     chain = Script((sends(1.0),), (Local(0.25), sends(1.0), Wait(), Local(0.25)))
     other = Script((sends(0.1),), (Local(0.5),))
     assert step_time(compute, [chain, other], link) == pytest.approx(4.5)
+    # One that takes turns waits until the other is done: 2 to 2.25 decode, 1 s of sending, 0.25 decode, 0.5 decode.
+    chain, other = (dataclasses.replace(script, in_turn=True) for script in (chain, other))
+    assert step_time(compute, [chain, other], link) == pytest.approx(5.0)
+    assert step_time(compute, [chain, Script()], link) == pytest.approx(4.5)
     # Averaging replicas comes after all of the step.
     assert step_time(compute, [Script()] * 2, link, Script((sends(1.0),), (Local(0.25),))) == pytest.approx(4.25)
 
@@ -165,9 +170,21 @@ def test_latencies_of_what_is_under_way_at_once_overlap():
     assert step_time(Compute((1.0,), 1.0), [three], link) == pytest.approx(1.0 + 0.3 + 0.1)
 
 
+def test_what_a_backend_has_no_thread_for_waits_with_its_latency():
+    """Three at once of 0.1 s latency and 0.1 s on the wire, of which two may be under way: the third begins when the
+    first has ended, after 0.2 s, and ends 0.2 s later."""
+    three = Script(tuple(Start(Collective("all_gather", 1e5, 2)) for _ in range(3)) + (Wait(),))
+    at = lambda at_once: script_time(three, Link(0.1, 1e6, at_once=at_once))
+    assert [at(n) for n in (1, 2, 3, 8)] == pytest.approx([0.6, 0.4, 0.4, 0.4])
+    short = Script(tuple(Start(Collective("all_gather", 0, 2)) for _ in range(8)))
+    assert script_time(short, Link(0.1, 1e6, at_once=2)) == pytest.approx(0.4)
+    assert script_time(short, Link(0.1, 1e6)) == pytest.approx(0.1)
+
+
 def test_what_cannot_be_is_refused():
-    for wrong in (lambda: Link(-1, 1), lambda: Link(0, 0), lambda: Link(0, 1, 0), lambda: Collective("gossip", 1, 2),
-                  lambda: Collective("all_reduce", -1, 2), lambda: Collective("all_reduce", 1, 0),
+    for wrong in (lambda: Link(-1, 1), lambda: Link(0, 0), lambda: Link(0, 1, 0), lambda: Link(0, 1, 1, 0),
+                  lambda: Collective("gossip", 1, 2), lambda: Collective("all_reduce", -1, 2),
+                  lambda: Collective("all_reduce", 1, 0),
                   lambda: Compute((), 1), lambda: Compute((2.0, 1.0), 3.0), lambda: Compute((2.0,), 1.0)):  # fmt: skip
         with pytest.raises(ValueError):
             wrong()
@@ -175,37 +192,38 @@ def test_what_cannot_be_is_refused():
         exchanges(thinwire.DivideAndShuffle(), (10,), 2)
 
 
-TRUE = scale.Fit(0.0004, 1.02, 4e-9, 0.3, 0.2, {"dense": 2e-9, "fp16": 5e-9, "powersgd-1": 9e-9, "independent": 3e-9,
-                 "topk-1": 6e-9, "nominated-1": 5e-9}, {}, cores=2)  # fmt: skip
-BYTES = {"dense": 4.0, "fp16": 2.0, "powersgd-1": 0.02, "independent": 1.05, "topk-1": 1.05, "nominated-1": 1.05}
+OWN = {"ddp": 2e-9, "accumulation-4": 4e-9, "powersgd-1": 9e-9, "independent": 3e-9, "topk-1": 6e-9,
+       "nominated-4-int4": 5e-9, "local-8": 7e-9}  # fmt: skip
+TRUE = scale.Fit(0.0004, 1.8, 4e-9, 0.3, 0.2, OWN, {}, cores=2)
+BYTES = dict.fromkeys(OWN, 1.05) | {"ddp": 4.0, "accumulation-4": 4.0, "powersgd-1": 0.02}
+NETWORKS = [(ranks, mbit, delay) for ranks in (2, 4, 8) for mbit in (50.0, 100.0, 1000.0) for delay in (0.1, 10, 50)]
 
 
-def speed_rows(ranks=(2, 4, 8), rates=(50.0, 100.0, 1000.0), elements=1_000_000, task="t"):
-    """Rows as the suite writes them, of steps that the model takes exactly."""
-    true = dataclasses.replace(TRUE, scale={(task, method): factor for method, factor in BYTES.items()})
-    for n, mbit in itertools.product(ranks, rates):
+def step_times(networks=NETWORKS, model=MAIN, factor=1.0):
+    """Rows as steps.py writes them, of steps that the cost model takes exactly."""
+    true = dataclasses.replace(TRUE, scale={(model, way): factor for way, factor in BYTES.items()})
+    for n, mbit, delay in networks:
         compute = 0.1 * max(1, n / 2)
-        common = {"kind": "speed", "task": task, "ranks": n, "mbit": mbit, "parameters": elements}
-        yield common | {"method": "noop", "label": "noop", "step_ms": {"median": 1e3 * compute}, "sent_bytes": 0}
-        for method, factor in BYTES.items():
-            case = scale.Case(task, method, method, n, mbit, elements, compute, 0.0, 0.0, None)
-            sent = factor * sum(one.sent for one in scale.kind_of(method).law(elements, n, "ring"))
-            local = 1e3 * TRUE.local_s[method] * max(1, n / 2) * 4 * elements
-            ours = {"encode_ms": 0.75 * local, "decode_ms": 0.25 * local, "exchange_ms": 1.0}
-            yield common | {"method": method, "label": method, "step_ms": {"median": 1e3 * true.step_s(case, n)},
-                            "sent_bytes": sent} | (ours if method[0] in "itn" else {})  # fmt: skip
+        turns = [{"cycle": 0, "method": "alone", "ms": [1.0], "last_ms": 1e3 * compute, "sent": 9}]
+        for way, constant in BYTES.items():
+            case = scale.Case(model, way, n, mbit, delay / 1e3, compute)
+            sent = constant * sum(one.sent for one in case.collectives()) / WAYS[way].every
+            step = factor * true.step_s(case)
+            turns += [{"cycle": i, "method": way, "ms": [1.0], "last_ms": 1e3 * step * apart, "sent": sent}
+                      for i, apart in enumerate((0.99, 1.01))]  # fmt: skip
+        yield {"model": model, "ranks": n, "mbit": mbit, "delay_ms": delay, "delayed_by": None, "turns": turns}
 
 
 def test_the_fit_finds_the_parameters_that_made_the_rows_and_predicts_the_others():
-    cases, unknown = scale.cases_of(list(speed_rows()))
-    assert unknown == [] and len(cases) == 9 * len(BYTES)
-    used = [case for case in cases if case.ranks < 8 and case.mbit != 100]
+    cases, unknown = scale.cases_of([*step_times(factor=2.0), *step_times()])  # of each network the newest row counts
+    assert unknown == [] and len(cases) == len(NETWORKS) * len(BYTES)
+    used = [case for case in cases if case.ranks == 4 and case.mbit != 100 and case.delay_s != 0.01]
     found = scale.fit(used, cores=2)
-    for name, tolerance in (("latency_s", 0.05), ("wire", 0.02), ("cpu_s", 0.1), ("all_to_all", 0.2), ("hidden", 0.2)):
+    for name, tolerance in (("base_s", 0.05), ("trips", 0.02), ("cpu_s", 0.1), ("all_to_all", 0.2), ("hidden", 0.2)):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=tolerance), name
-    for method, seconds in TRUE.local_s.items():
-        assert found.local_s[method] == pytest.approx(seconds, rel=0.2), method
-    assert found.scale["t", "dense"] == pytest.approx(4.0)
+    for way, seconds in OWN.items():
+        assert found.own_s[way] == pytest.approx(seconds, rel=0.2), way
+    assert found.scale[MAIN, "ddp"] == pytest.approx(4.0)
     rows = scale.checked(cases, found, used)
     assert sum(row["fitted"] for row in rows) == len(used) < len(rows)
     assert max(abs(row["error"]) for row in rows) < 0.02
@@ -214,57 +232,107 @@ def test_the_fit_finds_the_parameters_that_made_the_rows_and_predicts_the_others
         assert row["added_error"] == pytest.approx(apart / added)
 
 
+def test_a_step_of_the_model_by_hand():
+    """Four ranks on two cores, all that each sends and waits for."""
+    true = dataclasses.replace(TRUE, scale={(MAIN, way): factor for way, factor in BYTES.items()})
+    at = lambda way, **other: scale.Case(MAIN, way, 4, 100.0, 0.05, 0.1, **other)
+    elements = at("ddp").gradient / 4
+    wire = lambda nbytes, more=0.0: nbytes * (8e-8 * (1 + more) + 2 * 4e-9)
+    own = lambda way: 2 * OWN[way] * 4 * elements
+    waits = lambda hops: hops * (2 * 0.0004 + 1.8 * 0.05)
+    sent = 4.0 * 1.5 * elements
+    hidden = min(wire(sent) * scale.FIRST_BUCKET / (4 * elements), 0.2 * 0.1)
+    ddp = waits(6) + wire(sent) + own("ddp") - hidden
+    assert true.step_s(at("ddp")) == pytest.approx(0.1 + ddp)
+    # Idle links begin anew. A fourth of the gradient, 460 kB, takes ten frames and as many round trips as doublings;
+    # a link holds 1.25 MB.
+    for window, trips in ((scale.WINDOW["Ethernet"], 5), (scale.WINDOW["relay"], 3)):
+        step = true.step_s(at("accumulation-4", window=window))
+        assert step == pytest.approx(0.1 + (ddp - own("ddp") + own("accumulation-4") + trips * 0.1) / 4)
+    assert scale.slow_start_s(at("ddp"), 1e9) == pytest.approx(0.7)  # 14 kB, 28, ... 1.9 MB hold the link's 1.25 MB
+    assert scale.slow_start_s(at("ddp"), 14_000) == 0
+    sent = 0.02 * 1.5 * elements
+    assert true.step_s(at("powersgd-1")) == pytest.approx(0.1 + waits(18) + 2 * wire(sent) + own("powersgd-1"))
+    # Local steps hide behind one step what they exchange, but not their own work.
+    fast = scale.Case(MAIN, "local-8", 4, 1000.0, 0.0, 0.1)
+    assert true.step_s(fast) == pytest.approx(0.1 + own("local-8") / 8)
+    assert true.step_s(at("local-8")) > 0.1 + own("local-8") / 8
+
+
 def test_projections_grow_with_the_ranks_and_do_not_share_cores():
-    cases, _ = scale.cases_of(list(speed_rows()))
+    cases, _ = scale.cases_of(list(step_times()))
     found = scale.fit(cases, cores=2)
-    for row in scale.projected(cases, found, "t"):
-        assert list(row["ranks"]) == [2**i for i in range(1, 11)]
+    rows = scale.projected(cases, found, MAIN)
+    assert {(row["mbit"], row["algorithm"]) for row in rows} == set(itertools.product(scale.RATES, ALGORITHMS))
+    for row in rows:
+        assert list(row["ranks"]) == [2**i for i in range(1, 9)]
         assert row["compute_ms"] == pytest.approx(100)
-        if row["method"] in ("topk-1", "dense", "powersgd-1"):
+        if row["way"] in ("topk-1", "ddp", "powersgd-1"):
             assert row["step_ms"] == sorted(row["step_ms"])
-        if row["method"] == "powersgd-1" and row["algorithm"] == "ring":
-            law = scale.kind_of("powersgd-1").law(1_000_000, 1024, "ring")
-            sent = BYTES["powersgd-1"] * sum(one.sent for one in law)
-            alone = 0.1 + found.local_s["powersgd-1"] * 4e6 + found.latency_s * sum(one.hops for one in law)
-            exchange = sent * (found.wire / (1e6 * row["mbit"] / 8) + found.cpu_s)
-            assert row["step_ms"][-1] == pytest.approx(1e3 * (alone + exchange))
+        if row["way"] == "powersgd-1" and row["algorithm"] == "ring":
+            law = scale.Case(MAIN, "powersgd-1", 256, row["mbit"], 0.01, 0.1).collectives()
+            sent = found.scale[MAIN, "powersgd-1"] * sum(one.sent for one in law)
+            waits = (found.base_s + found.trips * 0.01) * sum(one.hops for one in law)
+            own = found.own_s["powersgd-1"] * cases[0].gradient
+            exchange = waits + sent * (8e-6 / row["mbit"] + found.cpu_s)
+            assert row["step_ms"][-1] == pytest.approx(1e3 * (0.1 + own + exchange))
         assert min(row["step_ms"]) > row["compute_ms"]
 
 
-def test_what_the_model_has_no_law_for_is_named_and_left_out(tmp_path, capsys, monkeypatch):
-    rows = list(speed_rows())
-    odd = {"kind": "speed", "task": "t", "ranks": 4, "mbit": 100.0, "parameters": 10_000, "step_ms": {"median": 1.0},
-           "sent_bytes": 1.0, "label": "?"}  # fmt: skip
-    rows += [odd | {"method": "elastic"}, odd | {"method": "dense", "mbit": 0.0}]
-    rows += [odd | {"method": "dense", "kind": "train"}]
-    rows += speed_rows(elements=62, task="small")
-    of = {"machine": {}, "versions": {}, "code": "this", "data": "this"}
-    old = rows[1] | of | {"code": "another", "method": "fp16-of-old"}
-    lines = [json.dumps(row) for row in (old, *(row | of for row in rows))]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr("sys.argv", ["scale.py", "--rows", str(tmp_path / "train.jsonl"), "--out", str(tmp_path)])
-    scale.main()
-    said = capsys.readouterr()
-    assert "elastic" in said.err and "dense" not in said.err and "fp16-of-old" not in said.err
+def test_the_fastest_are_told_with_the_ranks_at_which_that_changes():
+    row = lambda way, *steps: {"way": way, "mbit": 100.0, "algorithm": "ring", "ranks": scale.RANKS, "step_ms": steps}
+    record = {"projected": [row("ddp", 1, 9, 9, 9, 9, 9, 9, 9), row("topk-1", 2, 2, 2, 2, 8, 8, 8, 8),
+                            row("independent", *[3] * 8), row("local-16", *[2.5] * 8)]}  # fmt: skip
+    assert scale.fastest(record, 100.0, "ring") == [(2, "ddp"), (4, "topk-1"), (32, "local-16")]
+    assert scale.fastest(record, 100.0, "ring", True) == [(2, "ddp"), (4, "topk-1"), (32, "independent")]
+    assert scale.fastest(record, 250.0, "ring") == []
+
+
+def test_the_script_fits_some_networks_and_names_what_it_has_no_law_for(tmp_path, capsys, monkeypatch):
+    rows = list(step_times())
+    odd = {"cycle": 0, "ms": [1.0], "last_ms": 1.0, "sent": 1.0}
+    rows[0]["turns"].append(odd | {"method": "elastic-nominated"})
+    rows.append(rows[0] | {"mbit": 250.0, "turns": [odd | {"method": "ddp"}]})  # interrupted before any other turn
+    (tmp_path / "rows").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["scale.py", "--rows", str(tmp_path / "rows"), "--out", str(tmp_path),
+                                         *options])  # fmt: skip
+        scale.main()
+        return capsys.readouterr()
+
+    said = run()
+    assert "elastic-nominated" in said.err and "ddp" not in said.err
     record = json.loads((tmp_path / "scale.json").read_text())
-    assert {row["method"] for row in record["rows"]} == set(BYTES)
+    assert {row["way"] for row in record["rows"]} == set(BYTES)
+    assert {(row["ranks"], row["mbit"], row["delay_ms"]) for row in record["rows"] if row["fitted"]} == {
+        (4, mbit, delay) for mbit in (50, 1000) for delay in (0.1, 10)}  # fmt: skip
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
     said = scale.footer(record)
+    unseen = (len(NETWORKS) - 4) * len(BYTES)
     assert "A model, not a measurement" in said and "topk's decoding does" in said
-    assert "Models under 10000 parameters are not fitted" in said and "of 54 runs are within 20 %" in said
-    assert {row["task"] for row in record["rows"] if row["fitted"]} == {"t"}
-    assert "computation in each is not predicted but the step that was measured there" in said
-    heads, cells = scale.table(record)
+    assert f"of their {unseen} steps {unseen} are within 20 %" in said and "250 Mbit/s, tree: " in said
+    assert "not predicted but the step that was measured there without any exchange" in said
+    heads, cells = scale.table(record, 100.0)
     assert len(cells) == len(BYTES) and all(len(row) == len(heads) for row in cells)
+    with pytest.raises(SystemExit, match="choose --fit-ranks.*bytes-adamw, 4 ranks, 50 Mbit/s, 10 ms"):
+        run("--fit-ranks", "16")
 
 
-def test_methods_of_the_suite_have_a_law():
-    without = {method for method in CONTESTANTS if scale.kind_of(method) is None}
-    assert without == {"noop", "ds-sync-delayed", "elastic", "elastic-nominated", "horovod-nominated-4"}
-    for method in set(CONTESTANTS) - without:
-        of_two, of_many = (scale.kind_of(method).law(1_000_000, n, "ring") for n in (2, 1024))
-        assert of_two and sum(one.sent for one in of_two) > 0, method
-        assert sum(one.sent for one in of_many) >= sum(one.sent for one in of_two), method
+def test_of_gradients_in_buckets_and_in_one_the_law_is_for_one_wave():
+    row = next(step_times([(4, 100.0, 10.0)]))
+    turn = lambda method, ms: {"cycle": 0, "method": method, "last_ms": ms, "ms": [ms], "sent": 1.0}
+    row["turns"] += [turn("nominated-16-int4", 200.0), turn("nominated-16-int4" + networks.IN_ONE, 150.0),
+                     turn("fp16", 120.0), turn("fp16" + networks.IN_ONE, 110.0)]  # fmt: skip
+    cases = {case.way: case.step_s for case in scale.cases_of([row])[0]}
+    assert cases["nominated-16-int4"] == pytest.approx(0.15) and cases["fp16"] == pytest.approx(0.12)
+
+
+def test_ways_whose_steps_are_timed_have_a_law():
+    for way in {method.removesuffix(networks.IN_ONE) for method in (*networks.TIMED, *networks.FEWER)}:
+        of_two, of_many = (scale.Case(MAIN, way, n, 100.0, 0.0, 0.1).collectives() for n in (2, 256))
+        assert of_two and sum(one.sent for one in of_two) > 0, way
+        assert sum(one.sent for one in of_many) >= sum(one.sent for one in of_two), way
 
 
 def test_owners_exchange_sends_as_much_as_a_ring_all_reduce():

@@ -9,24 +9,21 @@ from demo import run as demo
 from elastic import bounds, error_feedback, speed
 from grouped_averaging import shuffle
 from independent_blocks import reproduce
-from local import run as local
-from local import steps as local_steps
 from operators import table
 from overhead import run as overhead
 from steps import run as steps
-from suite import pictures, report, scale
-from suite.ledger import Ledger
+from suite import noise, report, scale
 from wires import run as wires
 
-COMMITTED = record.TABLES
+COMMITTED, README = record.TABLES, record.README
 TABLES = {
     demo: {"demo"}, table: {"bench", "operators"}, predictions: {"advise"}, scale: {"scale"},
     reproduce: {"independent_blocks"}, shuffle: {"shuffle_speed", "shuffle_quality"},
     speed: {"elastic_speed", "elastic_loss"}, error_feedback: {"elastic_error_feedback"}, bounds: {"elastic_bounds"},
     steps: {"steps", "steps_targets"}, overhead: {"overhead"}, wires: {"wires"},
-    local: {"local_loss", "local_seconds"}, local_steps: {"local_step", "local_step_targets"},
+    noise: {"results_noise"},
+    report: {f"results_{name}" for name in ("short", "goals", "losses", "links", "ranking", "steps")},
 }  # fmt: skip
-OF_THE_SUITE = {"train", "train_overall", "train_direct"}
 
 
 def written(folder):
@@ -35,8 +32,10 @@ def written(folder):
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    """The folder into which scripts write their tables."""
+    """The folder into which scripts write their tables; README is a copy beside it."""
     monkeypatch.setattr(record, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr(record, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(README.read_text())
     return tmp_path / "tables"
 
 
@@ -45,19 +44,12 @@ def test_a_script_makes_its_tables_of_what_is_committed(script, tables, monkeypa
     monkeypatch.setattr("sys.argv", ["script.py", "--docs"])
     assert not script.main()
     assert written(tables) == {name: (COMMITTED / f"{name}.md").read_text() for name in TABLES[script]}
-
-
-def test_the_suite_makes_its_tables_of_what_is_committed(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "draw", lambda outcomes, out: None)
-    report.show(Ledger.of_newest(record.RESULTS / "train.jsonl"), tmp_path, docs=True)
-    assert written(tables) == {name: (COMMITTED / f"{name}.md").read_text() for name in OF_THE_SUITE}
-    assert (tmp_path / "train.md").read_text() == (record.RESULTS / "train.md").read_text()
+    assert record.README.read_text() == README.read_text()
 
 
 def test_no_other_table_is_there_and_pictures_and_scripts_that_they_name_are():
-    assert set(written(COMMITTED)) == OF_THE_SUITE.union(*TABLES.values())
-    texts = [*written(COMMITTED).values(), (record.RESULTS / "train.md").read_text()]
-    for text in texts:
+    assert set(written(COMMITTED)) == set().union(*TABLES.values())
+    for text in written(COMMITTED).values():
         for path in re.findall(r"!\[.*?\]\((.*?)\)", text):
             assert (COMMITTED / path).resolve().is_file(), path
         for path in re.findall(r"python ([\w/.]+)", text):
@@ -70,6 +62,15 @@ def test_a_table_has_left_and_right_columns_and_its_text_below(tables):
     assert (tables / "x.md").read_text() == (
         "| a | b | c |\n|---|---|---:|\n| 1 | 2 | 3 |\n\nText.\n\n![says](../../benchmarks/results/p.png)\n"
     )
+
+
+def test_a_table_is_put_between_its_marks_and_nowhere_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
+    record.write_into(page, "x", "new")
+    assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
+    with pytest.raises(SystemExit, match="no <!-- y -->"):
+        record.write_into(page, "y", "new")
 
 
 def test_what_was_not_measured_has_no_table(tables, tmp_path, monkeypatch, capsys):

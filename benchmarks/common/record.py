@@ -15,7 +15,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"  # what is committed
 OWN_RESULTS = ROOT / "results"  # what a user measures
-TABLES = ROOT / "docs" / "tables"
+TABLES, README = ROOT / "docs" / "tables", ROOT / "README.md"
 
 
 def machine() -> dict:
@@ -52,6 +52,14 @@ def read_rows(path: Path) -> list[dict]:
     return found
 
 
+def append(path: Path, row: dict) -> None:
+    """Add a row to lines of JSON; nothing is added to a line that an interruption cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut_off + json.dumps(row) + "\n")
+
+
 def load(name: str, out: Path = RESULTS) -> dict:
     """What :func:`save` wrote. Raises SystemExit where there is nothing yet."""
     path = out / f"{name}.json"
@@ -86,6 +94,15 @@ def markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1)
 def picture(name: str, says: str) -> str:
     """A picture of the committed results, as the files of docs/tables link to it."""
     return f"![{says}](../../benchmarks/results/{name}.png)"
+
+
+def write_into(path: Path, mark: str, text: str) -> None:
+    """Replace what is between ``<!-- mark -->`` and ``<!-- /mark -->`` in a file. Raises SystemExit without them."""
+    before, begin, rest = path.read_text().partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    if not (begin and end):
+        raise SystemExit(f"{path} has no <!-- {mark} --> and <!-- /{mark} --> to write between")
+    path.write_text(before + begin + text + "\n" + end + after)
 
 
 def write_table(name: str, heads: tuple[str, ...], rows: list[tuple[str, ...]], footer: str, left: int = 1) -> None:

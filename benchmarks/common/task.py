@@ -68,12 +68,12 @@ def standard_library(seed: int = 0, held_out: float = 0.1,
     return _bytes_of(files[cut:]), _bytes_of(files[:cut])
 
 
-def batches(text: torch.Tensor, rank: int, world_size: int, seed: int = 0):
-    """Endless batches of windows, int64 [BATCH, CONTEXT + 1], from this rank's share of the text."""
+def batches(text: torch.Tensor, rank: int, world_size: int, seed: int = 0, batch: int = BATCH):
+    """Endless batches of windows, int64 [batch, CONTEXT + 1], from this rank's share of the text."""
     shard = text.tensor_split(world_size)[rank]
     generator = torch.Generator().manual_seed(seed * 1000 + rank)
     while True:
-        yield _windows(shard, BATCH, generator)
+        yield _windows(shard, batch, generator)
 
 
 class HeldOut:

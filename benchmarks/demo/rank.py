@@ -1,5 +1,6 @@
 """One rank of run.py: trains the task under one method for a given time. Rank 0 reports in lines of JSON."""
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import faulthandler
@@ -24,14 +25,12 @@ from thinnet import interface_bytes
 EVALUATIONS = 10  # in a run, at equal distances in training time
 STARTING = 120  # seconds that a busy machine may take until the first step
 UNTYPICAL = 5  # first steps, in which DDP rebuilds its buckets and PowerSGD still sends all
-BEST = thinwire.BlockSparse("nominated", density=0.04, block_size=16, wire_dtype="int4", warmup_steps=2)
 
 
 def _ours(method):
     return lambda ddp, optimizer: thinwire.attach(ddp, method, optimizer=optimizer)
 
 
-# Of each method's grid the best after the steps that the demo's time allows it; see results/tuning.json.
 def _adamw(lr, beta1):
     return {"lr": lr, "betas": (beta1, 0.95)}
 
@@ -42,7 +41,8 @@ class Contestant:
 
     attach: makes a DDP model use it; returns thinwire's handle or None. optimizer, options: of torch.optim.
     one_bucket: all gradients in one bucket of DDP's instead of its default. trains: False for an instrument, whose
-    replicas drift apart, so that only its speed means anything. fixed_seconds: overrides the time of the run.
+    replicas drift apart, so that only its speed means anything. fixed_seconds: overrides the time of the run. family:
+    of those that differ in one knob the demo shows one. method: thinwire's configuration.
     """
 
     label: str
@@ -52,19 +52,44 @@ class Contestant:
     one_bucket: bool = False
     trains: bool = True
     fixed_seconds: float | None = None
+    family: str = ""
+    method: thinwire.Method | None = None
 
 
+def _powersgd(rank, options):
+    # On Gloo PowerSGD hangs as soon as two buckets are in flight, so it gets one, and a watchdog.
+    hook = methods.CONTESTANTS[f"powersgd-{rank}"].attach
+    return Contestant(f"PowerSGD, rank {rank}", hook, "AdamW", options, one_bucket=True, family="powersgd")
+
+
+def _nominated(density, options):
+    method = thinwire.BlockSparse("nominated", density=density, block_size=16, wire_dtype="int4", warmup_steps=2)
+    return Contestant(f"nominated {100 * density:g} %, int4", _ours(method), "AdamW", options, family="nominated",
+                      method=method)  # fmt: skip
+
+
+def _local(every, options):
+    method = thinwire.LocalSteps(every=every)
+    return Contestant(f"LocalSteps, every {every}", _ours(method), "AdamW", options, family="local", method=method)
+
+
+# The options are the best of results/tuning.json, and of a family SHOWN has the best; tests/test_demo.py checks both.
+# Of those that are not in it, where tune.py begins.
 CONTESTANTS = {
-    "noop": Contestant("no exchange at all", methods.CONTESTANTS["noop"].attach, "AdamW", {"lr": 0.0}, trains=False,
+    "noop": Contestant("no exchange", methods.CONTESTANTS["noop"].attach, "AdamW", {"lr": 0.0}, trains=False,
                        fixed_seconds=6),
     "dense": Contestant("plain DDP", lambda *_: None, "AdamW", _adamw(3e-3, 0.5)),
     "fp16": Contestant("PyTorch's fp16 hook", methods.CONTESTANTS["fp16"].attach, "AdamW", _adamw(5e-4, 0.5)),
-    # On Gloo PowerSGD hangs as soon as two buckets are in flight, so it gets one, and a watchdog.
-    "powersgd": Contestant("PyTorch's PowerSGD, rank 1", methods.CONTESTANTS["powersgd-1"].attach,
-                           "AdamW", _adamw(2.5e-4, 0.0), one_bucket=True),
-    "paper": Contestant("BlockSparse(), the paper", _ours(thinwire.BlockSparse()), "AdamW", _adamw(1e-3, 0.5)),
-    "best": Contestant("BlockSparse, nominated 4 %", _ours(BEST), "AdamW", _adamw(1e-3, 0.0)),
+    "powersgd-1": _powersgd(1, _adamw(2.5e-4, 0.0)),
+    "powersgd-4": _powersgd(4, _adamw(1e-3, 0.5)),
+    "paper": Contestant("BlockSparse(), paper", _ours(thinwire.BlockSparse()), "AdamW", _adamw(1e-3, 0.5),
+                        method=thinwire.BlockSparse()),
+    "nominated-4": _nominated(0.04, _adamw(1e-3, 0.0)),
+    "nominated-16": _nominated(0.16, _adamw(1e-3, 0.5)),
+    "local-8": _local(8, _adamw(1.25e-4, 0.5)),
+    "local-16": _local(16, _adamw(1e-3, 0.5)),
 }  # fmt: skip
+SHOWN = ("noop", "dense", "fp16", "powersgd-1", "paper", "nominated-4", "local-8")
 
 
 class Clock:
@@ -128,23 +153,24 @@ def main():
 
     def evaluate():
         if contestant.trains:
-            loss = held_out.part(model)
+            # What a user would keep: of local steps the anchor, which is up to a round and a step old.
+            with handle.evaluating() if handle else contextlib.nullcontext():
+                loss = held_out.part(model)
             dist.all_reduce(loss, group=clock.group)
             report("loss", step=len(clock.steps), seconds=clock.elapsed, loss=float(loss))
 
     evaluate()
     dist.barrier()
-    sent, fed = [], time.monotonic()
+    sent, fed = [_sent()], time.monotonic()  # before the first step, and after each
     faulthandler.dump_traceback_later(args.patience, exit=True)
     verdict = Clock.GO_ON
     while verdict != Clock.STOP:
-        before = _sent()
         clock.begin_step()
         ddp(next(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
         verdict = clock.end_step()
-        sent.append(_sent() - before)
+        sent.append(_sent())
         if time.monotonic() - fed > 0.5:
             fed = time.monotonic()
             faulthandler.dump_traceback_later(args.patience, exit=True)
@@ -153,19 +179,22 @@ def main():
         if verdict != Clock.GO_ON:
             evaluate()
 
-    mine = {"sent": sum(sent), "stats": handle.stats() if handle else None}
+    mine = {"sent": sent[-1] - sent[0], "stats": handle.stats() if handle else None}
     everyone = [None] * world_size
     dist.all_gather_object(everyone, mine)
-    typical = slice(min(UNTYPICAL, len(clock.steps) // 2), None)
+    # Means, not medians: of eight steps of a round one waits, and one or two send.
+    first = min(UNTYPICAL, len(clock.steps) // 2)
     report(
-        "result", steps=len(clock.steps), seconds=clock.elapsed, step_ms=1e3 * statistics.median(clock.steps[typical]),
+        "result", steps=len(clock.steps), seconds=clock.elapsed, step_ms=1e3 * statistics.mean(clock.steps[first:]),
         all_step_ms=[round(1e3 * s, 1) for s in clock.steps],
-        step_bytes=statistics.median(sent[typical]) if interface_bytes() else None,
+        step_bytes=(sent[-1] - sent[first]) / (len(clock.steps) - first) if interface_bytes() else None,
         bytes=statistics.mean(one["sent"] for one in everyone) if interface_bytes() else None,
         stats=everyone[0]["stats"],
         stats_bytes=statistics.mean(one["stats"]["bytes_sent"] for one in everyone) if handle else None,
         parameters=sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
+    if handle:
+        handle.close()  # a round may be under way
     task.leave()
 
 
@@ -184,11 +213,7 @@ def _reporter(rank):
 
 def _overridden(contestant, args):
     """The contestant with the options that the command line gives instead of its own."""
-    contestant = dataclasses.replace(contestant, options=contestant.options | json.loads(args.options))
-    if args.knobs == "{}":
-        return contestant
-    method = dataclasses.replace(BEST, **json.loads(args.knobs))
-    return dataclasses.replace(contestant, attach=_ours(method))
+    return dataclasses.replace(contestant, options=contestant.options | json.loads(args.options))
 
 
 def _arguments():
@@ -198,7 +223,6 @@ def _arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="end after so many steps, if the time does not end before")
     parser.add_argument("--options", default="{}", help="JSON: options of the optimizer instead of the contestant's")
-    parser.add_argument("--knobs", default="{}", help="JSON: fields of our best method instead of its own")
     parser.add_argument("--patience", type=float, default=30, help="seconds without a step that make a hang")
     return parser.parse_args()
 

@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cycles", type=int, default=8, help="turns of every method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
-                        help=f"of {', '.join(map(repr, METHODS))}")  # fmt: skip
+                        help=f"of {', '.join(map(repr, METHODS))}".replace("%", "%%"))  # fmt: skip
     parser.add_argument("--docs", action="store_true", help="only write docs/tables from what is committed")
     args = parser.parse_args()
     if args.docs:

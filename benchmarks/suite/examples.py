@@ -1,5 +1,6 @@
 """The suite's small data set, which scikit-learn ships, and the model that learns it."""
 import itertools
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -29,13 +30,13 @@ def digits_cnn() -> nn.Module:
 
 
 class Examples:
-    """Rows of a data set that scikit-learn ships, 16 a rank in a batch; a third of them is held out.
+    """Rows of a data set that scikit-learn ships; a third of them is held out.
 
     shape: of one example; each entry of its first dimension, a column or an image's channel, is brought to mean 0 and
     deviation 1 over the training rows. Not each pixel: one that is never set in training has no deviation.
     """
 
-    def __init__(self, data, shape: tuple[int, ...], rank: int, n: int, seed: int):
+    def __init__(self, data, shape: tuple[int, ...], rank: int, n: int, seed: int, batch: int):
         examples, labels = torch.as_tensor(data.data, dtype=torch.float32), torch.as_tensor(data.target)
         examples = examples.view(-1, *shape)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -47,9 +48,10 @@ class Examples:
         self._part = examples[held_out[rank::n]], labels[held_out[rank::n]]
         self._examples, self._labels = examples[training[rank::n]], labels[training[rank::n]]
         self._generator = torch.Generator().manual_seed(1000 * seed + rank)
+        self._all, self._batch = (torch.as_tensor(data.data), torch.as_tensor(data.target)), batch
 
     def batch(self):
-        chosen = torch.randint(len(self._labels), (16,), generator=self._generator)
+        chosen = torch.randint(len(self._labels), (self._batch,), generator=self._generator)
         return self._examples[chosen], self._labels[chosen]
 
     @torch.no_grad()
@@ -59,7 +61,11 @@ class Examples:
         model.train()
         return loss
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All of it, on every rank."""
+        return list(self._all)
 
-def digits(rank: int, n: int, seed: int) -> Examples:
+
+def digits(rank: int, n: int, seed: int, batch: int, root: Path | None = None) -> Examples:
     """1797 images of 8 x 8 pixels in 10 classes."""
-    return Examples(load_digits(), (1, 8, 8), rank, n, seed)
+    return Examples(load_digits(), (1, 8, 8), rank, n, seed, batch)

@@ -1,108 +1,80 @@
-"""Pictures of the benchmark suite: loss against time, loss against bytes, step time against the link's rate."""
-import math
+"""Pictures of the benchmark suite: loss against time, and the Pareto front of loss and bytes."""
+import statistics
 from pathlib import Path
 
-from suite import plan
-from suite.methods import CONTESTANTS
-from suite.outcomes import END, Outcomes, is_peer, over
-from suite.tasks import TASKS
+from suite import ways
+from suite.networks import DELAYS, link
+from suite.outcomes import RANKS, Outcomes
+from suite.tasks import MAIN, TASKS
+from suite.ways import WAYS
 
-UNSHAPED_AT = 10_000  # Mbit/s: where a picture shows links that are not shaped
+SHOWN = (ways.DDP, ways.HALF, ways.ACCUMULATION_4, ways.POST_LOCAL, "powersgd-1", ways.POWERSGD, ways.NOMINATED,
+         "nominated-4-int4", ways.INT4, "independent", ways.LOCAL_8, ways.LOCAL)  # fmt: skip
+LINKS = ((100.0, 10.0), (1000.0, DELAYS[0]))  # of the first picture
 
 
 def draw(outcomes: Outcomes, out: Path) -> None:
-    """Write train_time.png, train_pareto.png and train_rates.png, those of them that there are figures for."""
+    """Write results_time.png and results_pareto.png, those that there are figures for."""
     import matplotlib
 
     matplotlib.use("Agg")
-    with_quality = [task for task in outcomes.tasks if outcomes.methods(task)]
-    with_steps = [n for n in plan.ALL_RANKS if _rates(outcomes, "dense", n)]
-    for name, panels, one in (("train_time", with_quality, _loss_against_time),
-                              ("train_pareto", with_quality, _loss_against_bytes),
-                              ("train_rates", with_steps, _step_against_rate)):  # fmt: skip
-        if panels:
-            _panels(outcomes, panels, one, out / f"{name}.png")
-
-
-def _panels(outcomes, panels, draw_one, path):
     from matplotlib import pyplot
 
-    rows = -(-len(panels) // 2)
-    figure, axes = pyplot.subplots(
-        rows, min(2, len(panels)), figsize=(7.5 * min(2, len(panels)), 5 * rows), layout="constrained", squeeze=False
-    )
-    for ax, panel in zip(axes.flat, panels):
-        draw_one(outcomes, panel, ax)
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    links = [one for one in LINKS if outcomes.network(MAIN, RANKS, *one)]
+    tasks = [task for task in TASKS if len(outcomes.methods(task)) > 1]
+    for name, panels, one in (("results_time", links, _loss_against_time),
+                              ("results_pareto", tasks, _loss_against_bytes)):  # fmt: skip
+        if panels:
+            figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), layout="constrained",
+                                           squeeze=False)  # fmt: skip
+            for ax, panel in zip(axes.flat, panels):
+                one(outcomes, panel, ax)
+                ax.grid(alpha=0.3)
+                ax.legend(fontsize=7)
+            figure.savefig(out / f"{name}.png", dpi=80)
+            pyplot.close(figure)
 
 
-def _loss_against_time(outcomes, task, ax):
-    """Means over the seeds of the loss above plain DDP's at its end; to where the first of them ended."""
-    ends = {seed: outcomes.target(task, END, seed) for seed in outcomes.quality(task, "dense")}
-    dense = {seed: loss for seed, loss in ends.items() if loss is not None}
-    if not dense:
-        return
-    for i, method in enumerate(outcomes.methods(task)):
-        step = outcomes.step_time(task, method, plan.RANKS, plan.RATE)
-        seeds = [seed for seed in outcomes.quality(task, method) if seed in dense]
-        if step is None or not seeds:
-            continue
-        by_step = list(zip(*(outcomes.curve(task, method, seed) for seed in seeds)))
-        begin = outcomes.at_first(task, method, plan.RANKS, plan.RATE)
-        seconds = [points[0][0] * step.middle + begin for points in by_step]
-        above = [over([loss - dense[seed] for (_, loss), seed in zip(points, seeds)]) for points in by_step]
-        color = f"C{i % 10}"
-        ax.plot(seconds, [span.middle for span in above], "--" if is_peer(method) else "-", color=color,
-                label=CONTESTANTS[method].label)  # fmt: skip
-        ax.fill_between(seconds, [span.low for span in above], [span.high for span in above], color=color, alpha=0.12)
-    highest = max(outcomes.target(task, 0.1, seed) - dense[seed] for seed in dense)
-    ax.set(xscale="log", ylim=(-0.25 * highest, 1.3 * highest), xlabel="training time, s",
-           title=f"{TASKS[task].label}\n{plan.RANKS} ranks, {plan.RATE:g} Mbit/s; dashed: peers",
-           ylabel="held-out loss above plain DDP's end")  # fmt: skip
+def _loss_against_time(outcomes, where, ax):
+    """Means over the seeds; the run that is drawn is that of the task's own number of steps."""
+    dense = outcomes.loss(MAIN, ways.DDP)
+    for method in SHOWN:
+        step, runs = outcomes.step_time(method, MAIN, RANKS, *where), outcomes.runs(MAIN, method)
+        if step and runs and outcomes.loss(MAIN, method):
+            points = list(zip(*(row["curve"] for row in runs.values())))
+            seconds = [point[0][0] * step.middle for point in points]
+            losses = [statistics.mean(loss for _, loss in point) for point in points]
+            ax.plot(seconds, losses, "-" if WAYS[method].ours else "--", color=_colour(method),
+                    label=WAYS[method].label)  # fmt: skip
+    ax.axhline(dense.middle, color="grey", linewidth=0.8)
+    ax.set(xscale="log", xlabel="training time, s", ylabel="held-out loss", ylim=(dense.low - 0.05, 2.6),
+           title=f"{TASKS[MAIN].label}\n{RANKS} ranks, {link(*where)}; dashed: peers; "
+                 "grey: plain DDP's end")  # fmt: skip
 
 
 def _loss_against_bytes(outcomes, task, ax):
-    families = {}
-    for method in outcomes.methods(task):
-        step, more = outcomes.step(task, method, plan.RANKS, plan.RATE), outcomes.loss_more(task, method)
-        if step and step["sent_bytes"] and more and math.isfinite(more.middle):
-            contestant = CONTESTANTS[method]
-            name = contestant.family or contestant.label
-            families.setdefault(name, []).append((step["sent_bytes"], more, contestant.label, is_peer(method)))
-    for i, (name, points) in enumerate(families.items()):
-        points.sort(key=lambda point: point[0])
-        xs, spans = [p[0] for p in points], [p[1] for p in points]
-        errors = [[s.middle - s.low for s in spans], [s.high - s.middle for s in spans]]
-        ax.errorbar(xs, [s.middle for s in spans], errors, fmt="--s" if points[0][3] else "-o", color=f"C{i % 10}",
-                    markersize=5, capsize=2, label=name if len(points) > 1 else points[0][2])  # fmt: skip
-    ax.set(xscale="log", xlabel="bytes a rank sends a step", ylabel="held-out loss above plain DDP's",
-           title=f"{TASKS[task].label}\nafter equally many steps; lower and further left is better")  # fmt: skip
+    dense, points = outcomes.loss(task, ways.DDP), []
+    for method in outcomes.of_all_seeds(task):
+        loss, compression = outcomes.loss(task, method), outcomes.compression(task, method)
+        if compression:
+            points.append((1 / compression, loss, method))
+    for share, loss, method in points:
+        ax.errorbar([share], [loss.middle], [[loss.middle - loss.low], [loss.high - loss.middle]], capsize=2,
+                    fmt="o" if WAYS[method].ours else "s", markersize=5, color=_colour(method),
+                    label=WAYS[method].label)  # fmt: skip
+    front, least = [], float("inf")
+    for share, loss, _ in sorted(points, key=lambda point: point[0]):
+        if loss.middle < least:
+            front.append((share, loss.middle))
+            least = loss.middle
+    ax.plot(*zip(*front), color="grey", linewidth=0.8, zorder=0)
+    if dense:
+        ax.axhline(dense.middle, color="grey", linewidth=0.5, linestyle=":")
+    ax.set(xscale="log", xlabel="bytes, plain DDP = 1", ylabel="held-out loss",
+           title=f"{TASKS[task].label}\nafter equally many steps; grey: the Pareto front; squares: peers")  # fmt: skip
 
 
-def _step_against_rate(outcomes, ranks, ax):
-    shown = [m for m in CONTESTANTS if m in ("noop", *plan.HEADLINE) and _rates(outcomes, m, ranks)]
-    for i, method in enumerate(shown):
-        points = _rates(outcomes, method, ranks)
-        xs = [mbit or UNSHAPED_AT for mbit, _ in points]
-        style = ":" if method == "noop" else "--" if is_peer(method) else "-"
-        ax.plot(xs, [1e3 * span.middle for _, span in points], style, marker="o", markersize=3,
-                color="black" if method == "noop" else f"C{i % 10}", label=CONTESTANTS[method].label)  # fmt: skip
-        ends = outcomes.step_ends(plan.MAIN_TASK, method, ranks)
-        if method not in ("noop", "dense") and ends and points[0][0] < ends < UNSHAPED_AT:
-            ax.axvline(ends, color=f"C{i % 10}", linewidth=0.5)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set(title=f"{TASKS[plan.MAIN_TASK].label}, {ranks} ranks\nthin lines: where plain DDP's step is as short",
-           xlabel=f"Mbit/s of each link ({UNSHAPED_AT}: not shaped)", ylabel="ms a step")  # fmt: skip
+def _colour(method):
+    from matplotlib import colormaps
 
-
-def _rates(outcomes, method, ranks):
-    rates = sorted(plan.ALL_RATES, key=lambda rate: rate or float("inf"))
-    spans = [(mbit, outcomes.step_time(plan.MAIN_TASK, method, ranks, mbit)) for mbit in rates]
-    return [(mbit, span) for mbit, span in spans if span]
+    return colormaps["tab20"](list(WAYS).index(method) % 20)

@@ -1,153 +1,217 @@
-"""Which runs the benchmark suite consists of. A run is a value; what came of it is in the ledger."""
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+"""Which trainings are wanted, given those that are there: each way's search for its settings, its seeds, longer runs.
 
-from suite.methods import CONTESTANTS, DDP
-from suite.tasks import TASKS
+Ways are tuned by one rule, at full length on a seed of its own: from a start, compare with the learning rate doubled
+and halved and go on from the best, until neither is better; then with the next momenta and outer momenta, and if one is
+better begin again from there. So the best is never at an edge of the learning rates that were tried. A stage may say
+that the learning rate alone is searched for, for lack of time, and tables say that, too; and a way may have another's
+settings, where the two differ in nothing that they should depend on.
+"""
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-UNSHAPED = 0.0
-RANKS, RATE = 4, 100.0  # of the main comparison; Mbit/s
-ALL_RANKS, ALL_RATES = (2, 4, 8), (50.0, 100.0, 1000.0, UNSHAPED)
-TUNING_SEED, SEEDS = 0, (1, 2, 3)  # what was tuned on one seed is shown on others
-MAIN_TASK = "bytes-adamw"
-HEADLINE = (
-    "dense", "dense-one-bucket", "fp16", "bf16", "powersgd-1", "powersgd-2", "powersgd-4", "powersgd-4-fp16",
-    "independent", "permuted", "shared", "topk-1", "nominated-1", "nominated-4", "nominated-16", "nominated-4-bf16",
-    "nominated-4-momentum", "ds-sync", "elastic-nominated", "horovod", "horovod-fp16", "horovod-nominated-4",
-)  # fmt: skip
-QUICK = ("dense", "fp16", "powersgd-1", "independent", "nominated-4", "nominated-4-bf16", "ds-sync")
-QUICK_STEPS = 100
+from suite import ways
+from suite.tasks import MAIN, TASKS
+from suite.ways import WAYS
+
+KEY = ("task", "method", "lr", "momentum", "outer_momentum", "seed", "steps")
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+MOMENTA = (0.0, 0.5, 0.9)  # of SGD, or Adam's first beta
+OUTER = (0.3, 0.5, 0.7, 0.9)
+OUTER_START = 0.7
+LONGER = (4 / 3, 5 / 3, 2, 8 / 3)  # times a task's steps, until plain DDP's loss is reached
 
 
 @dataclass(frozen=True)
-class Training:
-    """One training of a task under a method. options: the optimizer's, as JSON; tuned_as: the method whose they are.
+class Stage:
+    """Ways of a task that are measured together.
 
-    purpose: ``tune`` is one point of the grid; ``quality`` gives the loss against steps, which does not depend on the
-    link's rate, so the link is not shaped; ``direct`` is the same over shaped links, to check just that.
+    longer: beyond the task's steps, once at least, and until they reach plain DDP's loss. rates_only: of their
+    settings, the learning rate alone is searched for. seeds: those that are shown.
     """
-
-    purpose: str
-    task: str
-    method: str
-    options: str
-    tuned_as: str
-    ranks: int = RANKS
-    mbit: float = UNSHAPED
-    seed: int = SEEDS[0]
-    steps: int = 0
-    kind = "train"
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return (self.method,)
-
-    @property
-    def weight(self) -> float:
-        """Roughly how long it takes, for the progress."""
-        return self.steps * self.ranks
-
-    @property
-    def timed(self) -> bool:
-        return self.purpose == "direct"
-
-    def without(self, method: str) -> None:
-        """What remains to be done without a method: nothing."""
-
-    def key(self, method: str) -> dict:
-        """What identifies its row in the ledger."""
-        return {"kind": self.kind} | asdict(self)
-
-    def for_rank(self) -> dict:
-        return self.key(self.method) | {"options": json.loads(self.options), "door": CONTESTANTS[self.method].door}
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Steps of several methods in turns, over links of one rate; a row for each method."""
 
     task: str
     methods: tuple[str, ...]
-    ranks: int
-    mbit: float
-    turns: int = 4
-    seed: int = 0
-    kind = "speed"
-    timed = True
-
-    @property
-    def weight(self) -> float:
-        return 10 * self.turns * self.ranks * len(self.methods)
-
-    def without(self, method: str) -> "Speed | None":
-        rest = tuple(one for one in self.methods if one != method)
-        return replace(self, methods=rest) if set(rest) - {"noop"} else None
-
-    def key(self, method: str) -> dict:
-        """``among``: the methods that took turns; rows with another among were not measured side by side."""
-        return {"kind": self.kind} | asdict(self) | {"method": method, "methods": None, "among": list(self.methods)}
-
-    def for_rank(self) -> dict:
-        return {"kind": self.kind} | asdict(self) | {"door": CONTESTANTS[self.methods[0]].door}
+    longer: bool = False
+    rates_only: bool = False
+    seeds: tuple[int, ...] = SEEDS
 
 
-Run = Training | Speed
-Best = Callable[[str, str], tuple[str, str]]
+CHOICES = tuple(name for name, way in WAYS.items() if not way.control)
+CONTROLS = tuple(name for name, way in WAYS.items() if way.control)
+SHORT = (ways.DDP, ways.HALF, ways.POWERSGD, "powersgd-1", ways.ACCUMULATION_4, ways.POST_LOCAL, "nominated-1-int4",
+         "nominated-4-int4", ways.NOMINATED, "topk-1", ways.INT4, "independent", ways.LOCAL_8, ways.LOCAL)  # fmt: skip
+# In the order of their importance: what is measured when the time is over is whole.
+STAGES = (
+    Stage(MAIN, (ways.DDP, ways.POWERSGD, ways.LOCAL, ways.NOMINATED)),
+    Stage(MAIN, (ways.LOCAL_8, ways.LOCAL_4, ways.HALF), rates_only=True),
+    Stage(MAIN, ("nominated-12-int4",)),
+    Stage(MAIN, (ways.DDP, ways.LOCAL_8, ways.POWERSGD, ways.HALF, ways.NOMINATED), longer=True),
+    Stage("clicks", (ways.DDP, ways.POWERSGD, "nominated-4-int4", ways.NOMINATED, ways.LOCAL_8), rates_only=True),
+    Stage(MAIN, (ways.ACCUMULATION_4,), rates_only=True),
+    Stage(MAIN, (ways.LATE_8,)),
+    Stage(MAIN, ("nominated-4-int4", ways.POST_LOCAL), rates_only=True),
+    Stage("clicks", SHORT, rates_only=True),
+    Stage(MAIN, (ways.LOCAL_4, ways.LATE_8, ways.ACCUMULATION_4), longer=True),
+    Stage("digits", SHORT, rates_only=True),
+    Stage(MAIN, ("powersgd-4-fp16", ways.LATE, ways.INT4, "powersgd-1"), rates_only=True),
+    Stage(MAIN, (ways.LOCAL, ways.POST_LOCAL), longer=True),
+    Stage(MAIN, CHOICES, rates_only=True),
+    Stage(MAIN, CONTROLS, rates_only=True),
+    Stage("bytes-sgd", CHOICES),
+    Stage("gpt2-adamw", CHOICES),
+)
+QUICK, QUICK_STEPS = (ways.DDP, ways.POWERSGD, ways.NOMINATED, ways.LOCAL_8), 300  # of the main task
 
 
-def tuning(tasks: list[str], methods: list[str]) -> Iterator[Training]:
-    """Every method over its task's grid: one seed, the main number of ranks."""
-    for task in tasks:
-        for method in _trained(methods, RANKS):
-            for options in grid(task, method):
-                yield Training("tune", task, method, json.dumps(options), method, seed=TUNING_SEED,
-                               steps=TASKS[task].tuning_steps)  # fmt: skip
+def key(run: dict) -> tuple:
+    return tuple(run[name] for name in KEY)
 
 
-def grid(task: str, method: str) -> tuple[dict, ...]:
-    """The options that a method is tried with."""
-    return TASKS[task].without_momentum if CONTESTANTS[method].momentum else TASKS[task].grid
+class Plan:
+    """What is there, and what is wanted of it. steps: of every run, in the place of its task's; then none is longer."""
 
+    def __init__(self, rows: list[dict], steps: int | None = None, stages=STAGES):
+        self._steps, self._stages = steps, stages
+        self._searches = {}  # what is known of each: rows do not change
+        self._losses = {key(row): math.inf if row["loss"] is None else row["loss"] for row in rows}
 
-def quality(tasks: list[str], methods: list[str], best: Best, seeds=SEEDS, steps: int = 0) -> Iterator[Training]:
-    for task in tasks:
+    def wanted(self) -> Iterator[dict]:
+        """Runs that are not there and can be named now, the most important first."""
+        for stage in self._stages:
+            for method in stage.methods:
+                if not stage.longer:
+                    yield from self._equal_steps(stage.task, method, stage.seeds)
+                elif not self._steps:
+                    yield from self._longer(stage.task, method)
+
+    def steps(self, task: str) -> int:
+        return self._steps or TASKS[task].steps
+
+    def lengths(self, task: str) -> tuple[int, ...]:
+        """Of runs: the task's own, and those beyond it."""
+        return tuple(round(times * self.steps(task)) for times in (1, *LONGER))
+
+    def settled(self, task: str, method: str) -> tuple | None:
+        """The settings that its search has ended with, None while it is under way."""
+        return self._search(task, method)[0]
+
+    def rates_only(self, task: str, method: str) -> bool:
+        """Whether the learning rate alone is searched for: the first stage with this task and method says so."""
+        if WAYS[method].like:
+            return self.rates_only(task, WAYS[method].like)
+        of = [stage.rates_only for stage in self._stages if stage.task == task and method in stage.methods
+              and not stage.longer]  # fmt: skip
+        return bool(of) and of[0]
+
+    def tried(self, task: str, method: str) -> int:
+        """How many settings its search has tried."""
+        return sum(found[:2] == (task, method) and found[5] == TUNING_SEED for found in self._losses)
+
+    def loss(self, task: str, method: str, seed: int, steps: int | None = None) -> float | None:
+        """With the settings found."""
+        return self._losses.get(key(self.run(task, method, self.settled(task, method), seed, steps)))
+
+    def mean(self, task: str, method: str, steps: int | None = None) -> float | None:
+        """Over the seeds; None where one is not there."""
+        losses = [self.loss(task, method, seed, steps) for seed in SEEDS] if self.settled(task, method) else [None]
+        return None if None in losses else statistics.mean(losses)
+
+    def run(self, task, method, settings, seed, steps=None) -> dict:
+        lr, momentum, outer = settings
+        return {"task": task, "method": method, "lr": lr, "momentum": momentum, "outer_momentum": outer, "seed": seed,
+                "steps": steps or self.steps(task)}  # fmt: skip
+
+    def _equal_steps(self, task, method, seeds):
+        settings, missing = self._search(task, method)
+        yield from missing
+        if settings:
+            yield from self._missing(task, method, seeds)
+
+    def _longer(self, task, method):
+        """Of each length the first seed and, where it is as low as plain DDP's of the task's own length, the others.
+        Those that are so low without it, plain DDP itself, have the first of them too: with more steps ahead a learning
+        rate is high for longer, and a loss is reached sooner."""
+        dense = self.mean(task, ways.DDP)
+        if dense is None or self.mean(task, method) is None:
+            return
+        for steps in self.lengths(task)[1:]:
+            first = self.loss(task, method, SEEDS[0], steps)
+            if first is None:
+                return (yield from self._missing(task, method, SEEDS[:1], steps))
+            if first <= self.loss(task, ways.DDP, SEEDS[0]):
+                if missing := list(self._missing(task, method, SEEDS, steps)):
+                    return (yield from missing)
+                if self.mean(task, method, steps) <= dense:
+                    return
+
+    def _search(self, task, method):
+        """The settings, or None, and the runs that it takes to go on."""
+        if (task, method) not in self._searches:
+            self._searches[task, method] = self._searched(task, method, WAYS[method])
+        return self._searches[task, method]
+
+    def _searched(self, task, method, way):
+        if way.like:
+            return self.settled(task, way.like), []
+        at = self._start(task, method, way)
+        kinds = (_rates,) if self.rates_only(task, method) else (_rates, _momenta)
+        while at:
+            for neighbours in kinds:
+                around = [at, *neighbours(*at)]
+                losses = [self._losses.get(key(self.run(task, method, point, TUNING_SEED))) for point in around]
+                if None in losses:
+                    missing = [point for point, loss in zip(around, losses) if loss is None]
+                    return None, [self.run(task, method, point, TUNING_SEED) for point in missing]
+                best = around[losses.index(min(losses))]  # the first of equals
+                if best != at:
+                    break
+            else:
+                return (at if math.isfinite(losses[0]) else None), []
+            at = best
+        return None, []
+
+    def _start(self, task, method, way):
+        if method == ways.DDP:
+            return *TASKS[task].start, None
+        if dense := self.settled(task, ways.DDP):
+            return way.rate * dense[0], dense[1], OUTER_START if way.outer else None
+        return None
+
+    def _missing(self, task, method, seeds, steps=None):
         for seed in seeds:
-            for method in _trained(methods, RANKS):
-                yield Training("quality", task, method, *best(task, method), seed=seed,
-                               steps=steps or TASKS[task].steps)  # fmt: skip
+            if self.loss(task, method, seed, steps) is None:
+                yield self.run(task, method, self.settled(task, method), seed, steps)
 
 
-def direct(methods: list[str], best: Best) -> Iterator[Training]:
-    for method in _trained(methods, RANKS):
-        yield Training("direct", MAIN_TASK, method, *best(MAIN_TASK, method), mbit=RATE, steps=TASKS[MAIN_TASK].steps)
+def quick(rows: list[dict]) -> list[dict]:
+    """A few short runs, with the settings that were found at full length."""
+    plan = Plan(rows)
+    settled = {method: plan.settled(MAIN, method) for method in QUICK}
+    return [plan.run(MAIN, method, settings, SEEDS[0], QUICK_STEPS) for method, settings in settled.items() if settings]
 
 
-def speed(tasks: list[str], methods: list[str], ranks=(RANKS,), rates=ALL_RATES, turns: int = 4) -> Iterator[Speed]:
-    """Horovod's methods take turns among themselves: its background thread would slow down the others."""
-    for task in tasks:
-        for n in ranks:
-            for mbit in rates:
-                fitting = ["noop"] + [method for method in methods if CONTESTANTS[method].least_ranks <= n]
-                for ours in (True, False):
-                    turn = tuple(method for method in fitting if (CONTESTANTS[method].door == DDP) == ours)
-                    if set(turn) - {"noop"}:
-                        yield Speed(task, turn, n, mbit, turns)
+def expected(rows: list[dict], steps: int | None = None, stages=STAGES) -> list[dict]:
+    """The runs that are left where every search ends at its start, and nothing longer reaches plain DDP's loss."""
+    runs, rows = [], list(rows)
+    while wanted := next(Plan(rows, steps, stages).wanted(), None):
+        runs.append(wanted)
+        worse = wanted["method"] != ways.DDP
+        rows.append(wanted | {"loss": 1.0 + worse + len(rows) / 1e6})  # of a search, the first is the best
+    return runs
 
 
-def everything(tasks: list[str], methods: list[str], best: Best) -> Iterator[Run]:
-    """The full set, but for the tuning: the step times first, as they need a machine with nothing else to do."""
-    yield from speed(tasks, methods)
-    if MAIN_TASK in tasks:
-        yield from speed([MAIN_TASK], methods, ranks=[n for n in ALL_RANKS if n != RANKS])
-        yield from direct([method for method in HEADLINE if method in methods], best)
-    yield from quality(tasks, methods, best)
+def _rates(lr, momentum, outer):
+    return (2 * lr, momentum, outer), (lr / 2, momentum, outer)
 
 
-def quick(methods: list[str], best: Best) -> Iterator[Run]:
-    yield from speed([MAIN_TASK], methods, rates=(RATE, 1000.0), turns=3)
-    yield from quality([MAIN_TASK], methods, best, seeds=SEEDS[:1], steps=QUICK_STEPS)
+def _momenta(lr, momentum, outer):
+    yield from ((lr, other, outer) for other in _beside(momentum, MOMENTA))
+    if outer is not None:
+        yield from ((lr, momentum, other) for other in _beside(outer, OUTER))
 
 
-def _trained(methods, ranks):
-    return [m for m in methods if CONTESTANTS[m].trains and CONTESTANTS[m].least_ranks <= ranks]
+def _beside(value, axis):
+    i = axis.index(value)
+    return axis[max(0, i - 1) : i] + axis[i + 1 : i + 2]

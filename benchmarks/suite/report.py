@@ -1,268 +1,381 @@
-"""Tables of the benchmark suite: in the terminal, all of them in train.md, the main ones in docs/tables."""
+"""Tables and pictures of the benchmark suite, from what was measured: docs/tables/results_*.md, results_*.png.
+
+    python benchmarks/suite/report.py           prints the tables; --out results: with what was measured there
+    python benchmarks/suite/report.py --docs    writes docs/tables, and README's
+    python benchmarks/suite/report.py --draw    draws the pictures of benchmarks/results, too
+"""
+import argparse
 import math
+import statistics
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
 from common import record
 
-from suite import pictures, plan
-from suite.ledger import Ledger
-from suite.methods import CONTESTANTS
-from suite.outcomes import END, HALF, Outcomes, Span
-from suite.tasks import TASKS
+from suite import pictures, ways
+from suite.networks import DELAYS, IN_ONE, MODELS, MORE, RATES, TIMED, link
+from suite.outcomes import END, HALF, RANKS, Outcomes, Span, found, over
+from suite.plan import SEEDS
+from suite.tasks import MAIN, TASKS
+from suite.ways import WAYS
 
-RATES = sorted(plan.ALL_RATES, key=lambda rate: rate or math.inf)
-AT_RATES = tuple(f"{rate:g} Mbit/s" if rate else "unshaped" for rate in RATES)
-
-
-def show(ledger: Ledger, out: Path, docs: bool = False) -> None:
-    """Print all tables, write them into out/train.md, draw all pictures, and write the main ones into docs/tables."""
-    outcomes = Outcomes(ledger)
-    shown = len(_shown(ledger))
-    others = ledger.others + len(ledger.rows) - shown
-    print(f"{shown} rows of code {ledger.code} on {ledger.machine['cores']} cores "
-          f"({ledger.machine['cpu']}); {others} of other machines, versions, code, data or tasks left out")  # fmt: skip
-    print(_busy(ledger))
-    tables = list(_tables(outcomes))
-    for title, heads, rows in tables:
-        record.print_table(heads, rows, title)
-    written = "\n\n".join(f"## {title}\n\n{record.markdown(heads, rows)}" for title, heads, rows in tables)
-    out.mkdir(parents=True, exist_ok=True)
-    about = f"{ABOUT} {_coverage(outcomes)} {_busy(ledger)} {_origin(outcomes)}"
-    (out / "train.md").write_text(f"# The benchmark suite\n\n{about}\n\n{written}\n")
-    pictures.draw(outcomes, out)
-    if docs:
-        _write_docs(outcomes)
+COMMAND = "python benchmarks/suite/report.py"
+MBIT, DELAY = 100.0, 10.0  # of the main comparison
+METHODS = tuple(dict.fromkeys(name.removesuffix(IN_ONE) for name in (ways.ALONE, *TIMED, *MORE)))
+FEWER_BYTES = 50
+TEN = 10  # rows of the short table
+PICTURES = "\n\n".join(record.picture(f"results_{name}", says) for name, says in (
+    ("time", "Held-out loss against training time"), ("pareto", "Loss against bytes")))  # fmt: skip
 
 
-ABOUT = (
-    "In brackets is the range over seeds and turns; what is within it is called a tie. Targets are plain DDP's losses "
-    "half-way and at the end of its own training, seed by seed. Horovod's methods take turns among themselves."
-)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="where rows are, beside those committed")
+    parser.add_argument("--docs", action="store_true", help="write docs/tables")
+    parser.add_argument("--draw", action="store_true", help="draw the pictures there")
+    args = parser.parse_args()
+    outcomes = found(args.out.resolve())
+    for name, (heads, rows, footer, left) in tables(outcomes).items():
+        if args.docs:
+            record.write_table(name, heads, rows, footer, left)
+        else:
+            record.print_table(heads, rows, name, left)
+    if args.docs:
+        heads, rows, footer, left = tables(outcomes)["results_short"]
+        said = footer.split("\n\n")[0]
+        record.write_into(record.README, "results", f"{record.markdown(heads, rows, left)}\n\n{said}")
+    if args.draw:
+        pictures.draw(outcomes, args.out)
 
 
-def _coverage(outcomes):
-    """How much of the full set there is, in words."""
-    trained = [method for method, contestant in CONTESTANTS.items() if contestant.trains]
-    told = []
-    for task in outcomes.tasks:
-        steps = {row["method"] for row in outcomes.ledger.find(kind="speed", task=task)} & set(trained)
-        told.append(f"{TASKS[task].label}: {len(outcomes.methods(task))} and {len(steps)}")
-    return f"Of {len(trained)} methods, the losses and the step times that are measured: {'; '.join(told)}."
+def tables(outcomes: Outcomes) -> dict[str, tuple]:
+    """By name: heads, rows, the text below, and how many columns are words."""
+    trained, timed = _trained(outcomes), _timed(outcomes)
+    both = f"{trained} {timed}"
+    found = {
+        "results_short": (*short(outcomes), f"{_said_short(outcomes)} {both}\n\n{PICTURES}", 1),
+        "results_goals": (*goals(outcomes), both, 1),
+        "results_losses": (*losses(outcomes), f"{_said_losses()} {trained}", 2),
+        "results_links": (*links(outcomes), f"{_said_links()} {both}", 1),
+        "results_ranking": (*ranking(outcomes), f"{SAID_RANKING} {both}", 1),
+        "results_steps": (*steps(outcomes), f"{_said_steps(outcomes)} {timed}", 2),
+    }
+    if any((row["model"], row["ranks"]) != (MAIN, RANKS) for row in outcomes.networks):
+        found["results_ranks"] = (*ranks(outcomes), timed, 1)
+    return found
 
 
-def _shown(ledger):
-    """Its rows of the suite's tasks."""
-    return [row for row in ledger.rows if row["task"] in TASKS]
+# ---- the short one ----
 
 
-def _busy(ledger):
-    busy = max((row.get("busy_before") or 0 for row in _shown(ledger)), default=0)
-    return f"Other work took at most {busy:.0%} of the processors before a step was timed."
-
-
-def _tables(outcomes):
-    """(title, heads, rows) of each."""
-    overall = overall_rows(outcomes)
-    if overall:
-        yield f"The first of ours and of the peers, {plan.RANKS} ranks", OVERALL_HEADS, overall
-    for task in outcomes.tasks:
-        label = TASKS[task].label
-        if outcomes.methods(task):
-            where = f"{label}, {plan.RANKS} ranks"
-            yield f"{where}, {plan.RATE:g} Mbit/s", HEADS, quality_rows(outcomes, task)
-            yield (f"{where}: s to DDP's half-way, and times the speed of the best peer", BY_RATE_HEADS,
-                   by_rate_rows(outcomes, task))  # fmt: skip
-        for ranks in plan.ALL_RANKS:
-            rows = step_rows(outcomes, task, ranks)
-            if rows:
-                yield f"{label}: ms a step, {ranks} ranks, by link rate", STEP_HEADS, rows
-    direct = direct_rows(outcomes)
-    if direct:
-        yield "Time to quality put together, against measured directly", DIRECT_HEADS, direct
-
-
-# ---- time to quality ----
-
-HEADS = ("method", "ms a step", "MB a step", "loss above DDP's", "s to DDP's half-way", "s to DDP's end",
-         "times DDP's speed, half-way / end", "times the best peer's, half-way / end")  # fmt: skip
-
-
-def quality_rows(outcomes: Outcomes, task: str, ranks: int = plan.RANKS, mbit: float = plan.RATE) -> list[tuple]:
-    """The first at plain DDP's half-way loss first; those that do not get there last."""
-    shares = (HALF, END)
-    peers = [outcomes.best_peer(task, share, ranks, mbit) for share in shares]
-    speeds = lambda method, others: " / ".join(
-        _against(outcomes, task, method, other, share, ranks, mbit) for other, share in zip(others, shares)
-    )
-    times = {m: [outcomes.time_to(task, m, share, ranks, mbit) for share in shares] for m in outcomes.methods(task)}
+def short(outcomes: Outcomes, task: str = MAIN) -> tuple:
+    """The ten that come to plain DDP's last loss in the least time, and then nearest to it, over the links of the main
+    comparison."""
+    heads = ("method", "loss", "step, ms", "kB a step, on the interface", "s to half-way", "s to DDP's loss",
+             "times DDP's speed")  # fmt: skip
+    where = (MBIT, DELAY)
+    ordered = outcomes.ranking(task, END, *where)
+    rest = [method for method in outcomes.of_all_seeds(task) if method not in ordered
+            and outcomes.step_time(method, task, RANKS, *where)]  # fmt: skip
+    rest.sort(key=lambda method: outcomes.loss(task, method).middle)
     rows = []
-    for method in sorted(times, key=lambda m: times[m][0].middle if times[m][0] else math.inf):
-        row = outcomes.step(task, method, ranks, mbit)
+    for method in (ordered + rest)[:TEN]:
+        step, end = outcomes.step_time(method, task, RANKS, *where), outcomes.time_to(task, method, END, *where)
+        sent = outcomes.sent(method, task, RANKS, *where)
         rows.append((
-            _label(outcomes, task, method),
-            _spread(outcomes.step_time(task, method, ranks, mbit), 1e3),
-            f"{row['sent_bytes'] / 1e6:.3g}" if row and row["sent_bytes"] else "-",
-            "-" if method == "dense" else _spread(outcomes.loss_more(task, method), 1, 3),
-            *(_spread(span, 1) if span else _how_many(outcomes, task, method, share)
-              for span, share in zip(times[method], shares)),
-            speeds(method, ("dense", "dense")),
-            speeds(method, peers),
+            WAYS[method].label, _loss(outcomes.loss(task, method)), f"{1e3 * step.middle:.0f}",
+            f"{sent / 1e3:.0f}" if sent else "-", _seconds(outcomes.time_to(task, method, HALF, *where)),
+            _seconds(end), _speed(outcomes, task, method, ways.DDP, END, *where),
         ))  # fmt: skip
-    return rows
+    return heads, rows
 
 
-def _label(outcomes, task, method):
-    rows = outcomes.quality(task, method).values()
-    failed = sum(row["status"] != "done" for row in rows)
-    tuned = {row["tuned_as"] for row in rows} - {method}
-    return (CONTESTANTS[method].label + (f" ({failed} of {len(rows)} failed)" if failed else "")
-            + (f" (optimizer of {', '.join(sorted(tuned))})" if tuned else ""))  # fmt: skip
+def _said_short(outcomes):
+    row = outcomes.network(MAIN, RANKS, MBIT, DELAY)
+    alone = outcomes.step_time(ways.ALONE, MAIN, RANKS, MBIT, DELAY)
+    dense = outcomes.step_time(ways.DDP, MAIN, RANKS, MBIT, DELAY)
+    if not row or not alone or not dense:
+        return ""
+    return (f"{TASKS[MAIN].label}, {_size(outcomes, MAIN)}, {RANKS} ranks, {link(MBIT, DELAY)} one way. A step without "
+            f"exchange takes {1e3 * alone.middle:.0f} ms, {alone.middle / dense.middle:.0%} of plain DDP's. Losses are "
+            f"those after {TASKS[MAIN].steps} steps. Seconds are to plain DDP's loss after half of these and at their "
+            "end, and of the length of run, these or more, that gets there first; \"-\": none that was run "
+            "does.")  # fmt: skip
 
 
-def _how_many(outcomes, task, method, share):
-    there = outcomes.steps_to(task, method, share)
-    return "-" if outcomes.gets_there(task, method, share) else (
-        f"{len(there)} of {len(outcomes.quality(task, 'dense'))} seeds get there")  # fmt: skip
+# ---- the goals ----
 
 
-def _against(outcomes, task, method, other, share, ranks, mbit):
-    if other is None or method == other:
-        return "-" if other is None else "1"
-    span = outcomes.speedup(task, method, other, share, ranks, mbit)
-    if span is None:
-        return "-"
-    return f"{span.middle:.2f}" + (", a tie" if 1.0 in span else "")
+def goals(outcomes: Outcomes, task: str = MAIN) -> tuple:
+    """What was aimed at, and what came out, whatever it is."""
+    where = (MBIT, DELAY)
+    heads, rows = ("aimed at", "best of ours", "figure", "at least / at most"), []
+    best = outcomes.first(task, END, *where, ours=True)
+    peer = outcomes.first(task, END, *where, ours=False)
+    for what, other, least in (("to plain DDP's final loss, times plain DDP's speed", ways.DDP, 6.0),
+                               ("the same, times the best peer's", peer, 1.5)):  # fmt: skip
+        span = outcomes.speedup(task, best, other, END, *where) if best and other else None
+        said = f" ({WAYS[other].label})" if other not in (None, ways.DDP) else ""
+        rows.append((what + said, WAYS[best].label if best else "none gets there",
+                     _ratio(span),
+                     _verdict(span and span.middle, least, at_least=True)))  # fmt: skip
+    thin = {}
+    for method in outcomes.of_all_seeds(task):
+        compression = outcomes.compression(task, method)
+        if WAYS[method].ours and compression and compression >= FEWER_BYTES:
+            ratios = [outcomes.runs(task, method)[seed]["loss"] / outcomes.runs(task, ways.DDP)[seed]["loss"]
+                      for seed in SEEDS]  # fmt: skip
+            thin[method] = over(ratios)
+    if thin:
+        method = min(thin, key=lambda one: thin[one].middle)
+        rows.append((f"loss at equal steps over plain DDP's, at {FEWER_BYTES} times fewer bytes", WAYS[method].label,
+                     f"{thin[method].middle:.3f} ({thin[method].low:.3f} to {thin[method].high:.3f})",
+                     _verdict(thin[method].middle, 1.01, at_least=False)))  # fmt: skip
+    steps = {method: ratio for method in METHODS if WAYS[method].ours and outcomes.loss(task, method)
+             and (ratio := outcomes.over_no_exchange(method, task, RANKS, *where))}  # fmt: skip
+    if steps:
+        for words, method in (("the one that is first at the loss", best), ("the shortest", min(steps, key=steps.get))):
+            if method in steps:
+                rows.append((f"a step over no exchange: {words}", WAYS[method].label, f"{steps[method]:.2f}",
+                             _verdict(steps[method], 1.1, at_least=False)))  # fmt: skip
+    for mbit in (rate for rate in RATES if not rate or rate >= 250):
+        for delay in DELAYS:
+            for share, words in ((HALF, "half-way"), (END, "final")):
+                ours, theirs = (outcomes.first(task, share, mbit, delay, who) for who in (True, False))
+                span = outcomes.speedup(task, ours, theirs, share, mbit, delay) if ours and theirs else None
+                if span or theirs:
+                    rows.append((
+                        f"{link(mbit, delay)}: to plain DDP's {words} loss, times the best peer's "
+                        f"({WAYS[theirs].label})", WAYS[ours].label if ours else "none gets there",
+                        _ratio(span),
+                        "a tie" if span and 1.0 in span else "ahead" if span and span.middle > 1 else "**missed**",
+                    ))  # fmt: skip
+    return heads, rows
 
 
-def _spread(span: Span | None, scale, digits=None):
-    if span is None:
-        return "-"
-    if not math.isfinite(span.middle):
-        return "not to the end"
-    low, middle, high = (scale * value for value in (span.low, span.middle, span.high))
-    digits = digits if digits is not None else (0 if middle >= 100 else 1)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def _verdict(value, limit, at_least):
+    if value is None:
+        return f"{limit:g}, **missed**"
+    return f"{limit:g}" + ("" if (value >= limit) == at_least or value == limit else ", **missed**")
 
 
-# ---- time to quality at every rate ----
-
-BY_RATE_HEADS = ("method", *AT_RATES)
+# ---- losses ----
 
 
-def by_rate_rows(outcomes: Outcomes, task: str) -> list[tuple]:
-    """Seconds to plain DDP's half-way, and in brackets how many times the speed of the best peer at that rate."""
-    rows, peers = [], [outcomes.best_peer(task, HALF, plan.RANKS, mbit) for mbit in RATES]
-    for method in outcomes.methods(task):
-        cells = []
-        for mbit, peer in zip(RATES, peers):
-            span = outcomes.time_to(task, method, HALF, plan.RANKS, mbit)
-            times = _against(outcomes, task, method, peer, HALF, plan.RANKS, mbit)
-            cells.append(f"{span.middle:.1f} ({'the best peer' if method == peer else times})" if span else "-")
-        if set(cells) != {"-"}:
-            rows.append((_label(outcomes, task, method), *cells))
-    return rows
+def losses(outcomes: Outcomes) -> tuple:
+    """A row a task and method: its settings, what it sends, its loss and how far that is from plain DDP's."""
+    heads = ("task", "method", "learning rate, β1 or momentum, outer", "settings tried", "bytes, plain DDP = 1", "loss",
+             "of each seed", "over plain DDP's")  # fmt: skip
+    rows = []
+    for task in TASKS:
+        for method in outcomes.methods(task):
+            of = outcomes.runs(task, method)
+            row = next(iter(of.values()))
+            more = outcomes.loss_over(task, method, ways.DDP)
+            rows.append((
+                TASKS[task].label, WAYS[method].label, _settings(row), _tried(outcomes, task, method),
+                _factor(outcomes.compression(task, method)),
+                _loss(outcomes.loss(task, method)) + ("" if len(of) == len(SEEDS) else f" ({len(of)} seeds)"),
+                ", ".join("diverged" if one["loss"] is None else f"{one['loss']:.3f}" for one in of.values()),
+                "-" if method == ways.DDP or more is None else f"{more.middle:+.3f}",
+            ))  # fmt: skip
+    return heads, rows
 
 
-# ---- everywhere, in short ----
-
-OVERALL_HEADS = ("task", *AT_RATES, f"to DDP's end, {plan.RATE:g} Mbit/s")
-
-
-def overall_rows(outcomes: Outcomes) -> list[tuple]:
-    """A row a task: which of ours and which peer is first at DDP's half-way, and how many times the peer's speed."""
-    return [
-        (TASKS[task].label, *(_race(outcomes, task, HALF, mbit) for mbit in RATES),
-         _race(outcomes, task, END, plan.RATE))
-        for task in outcomes.tasks if outcomes.methods(task)
-    ]  # fmt: skip
+def _tried(outcomes, task, method):
+    if like := WAYS[method].like:
+        return f"as {WAYS[like].label}"
+    return f"{outcomes.plan.tried(task, method)}" + (", rates" if outcomes.plan.rates_only(task, method) else "")
 
 
-def _race(outcomes, task, share, mbit):
-    where = share, plan.RANKS, mbit
-    ours, peer = outcomes.best_of_ours(task, *where), outcomes.best_peer(task, *where)
-    told = [f"{CONTESTANTS[m].label} {outcomes.time_to(task, m, *where).middle:.1f} s" if m else "-"
+def _settings(row):
+    outer = row["outer_momentum"]
+    return f"{row['lr']:g}, {row['momentum']:g}" + (f", {outer:g}" if outer is not None else "")
+
+
+def _said_losses():
+    return ("After equally many steps; seeds 1, 2, 3, settings searched on seed 0. \"rates\": of the settings the "
+            "learning rate alone was searched for. Bytes are those that a rank hands to its network, an all-reduce's "
+            "as a ring sends them, its last exchange included. What is over plain DDP's loss is so over the same "
+            "seeds.")  # fmt: skip
+
+
+# ---- times ----
+
+
+def links(outcomes: Outcomes, task: str = MAIN) -> tuple:
+    """A row a link: who is first at plain DDP's half-way and final loss, of ours and of the peers."""
+    heads = ("link, one way", "no exchange / plain DDP, ms", "half-way: best of ours / best peer",
+             "times its speed", "final: best of ours / best peer", "times its speed")  # fmt: skip
+    rows = []
+    for delay in DELAYS:
+        for mbit in RATES:
+            if outcomes.network(task, RANKS, mbit, delay):
+                alone, dense = (outcomes.step_time(m, task, RANKS, mbit, delay) for m in (ways.ALONE, ways.DDP))
+                races = [_race(outcomes, task, share, mbit, delay) for share in (HALF, END)]
+                rows.append((link(mbit, delay), f"{1e3 * alone.middle:.0f} / {1e3 * dense.middle:.0f}",
+                             *races[0], *races[1]))  # fmt: skip
+    return heads, rows
+
+
+def _race(outcomes, task, share, mbit, delay):
+    ours, peer = (outcomes.first(task, share, mbit, delay, who) for who in (True, False))
+    told = [f"{WAYS[m].label} {outcomes.time_to(task, m, share, mbit, delay).middle:.0f} s" if m else "none"
             for m in (ours, peer)]  # fmt: skip
-    return " / ".join(told) + (f": {_against(outcomes, task, ours, peer, *where)}" if ours and peer else "")
+    return " / ".join(told), _speed(outcomes, task, ours, peer, share, mbit, delay) if ours and peer else "-"
 
 
-# ---- step time against the link's rate ----
+def _said_links():
+    return (f"{TASKS[MAIN].label}, {RANKS} ranks. Steps to plain DDP's loss half-way through its training, and at its "
+            "end, all seeds together, times the step's time. A tie is where 1 is within the range over turns, and over "
+            "the seeds with each left out in turn.")  # fmt: skip
 
-STEP_HEADS = ("method", *AT_RATES, "as long as DDP's at about")
 
-
-def step_rows(outcomes: Outcomes, task: str, ranks: int) -> list[tuple]:
+def ranking(outcomes: Outcomes, task: str = MAIN) -> tuple:
+    """A row a link: all that get to plain DDP's final loss, the first one first."""
     rows = []
-    for method in CONTESTANTS:
-        times = [outcomes.step_time(task, method, ranks, mbit) for mbit in RATES]
-        if any(times):
-            rows.append((CONTESTANTS[method].label, *(_spread(span, 1e3, 0) for span in times),
-                         _as_long_at(outcomes, task, method, ranks)))  # fmt: skip
-    return rows
+    for delay in DELAYS:
+        for mbit in RATES:
+            if outcomes.network(task, RANKS, mbit, delay):
+                cells = []
+                for share in (HALF, END):
+                    order = outcomes.ranking(task, share, mbit, delay)
+                    told = (f"{WAYS[m].label} {_seconds(outcomes.time_to(task, m, share, mbit, delay))}" for m in order)
+                    cells.append(", ".join(told) or "-")
+                rows.append((link(mbit, delay), *cells))
+    return ("link, one way", "s to half-way", "s to the final loss"), rows
 
 
-def _as_long_at(outcomes, task, method, ranks):
-    if method in ("noop", "dense"):
-        return "-"
-    rate = outcomes.step_ends(task, method, ranks)
-    if rate is None:
-        return "no rate, always shorter"
-    lowest, highest = min(filter(None, plan.ALL_RATES)), max(plan.ALL_RATES)
-    if rate == 0:
-        return f"under {lowest:g} Mbit/s"
-    return f"over {highest:g} Mbit/s" if rate > highest else f"{rate:.0f} Mbit/s"
+SAID_RANKING = ("In brackets the range over turns, and over the seeds with each left out in turn; \"never\": without "
+                "some seed the others do not get there.")
 
 
-# ---- the check ----
-
-DIRECT_HEADS = ("method", "s in all, put together", "measured directly", "ratio", "losses")
-
-
-def direct_rows(outcomes: Outcomes) -> list[tuple]:
-    """Training over shaped links against unshaped training and the step times of methods in turns."""
+def steps(outcomes: Outcomes, task: str = MAIN) -> tuple:
+    """A row a delay and method: a step's milliseconds at each rate."""
+    heads = ("delay, one way", "method", *(f"{rate:g} Mbit/s" if rate else "no limit" for rate in RATES))
     rows = []
-    for row in outcomes.ledger.find(kind="train", purpose="direct", status="done"):
-        same = {k: row[k] for k in ("task", "method", "seed", "steps", "options")}
-        quality = outcomes.ledger.find(kind="train", purpose="quality", status="done", **same)
-        step = outcomes.step_time(row["task"], row["method"], row["ranks"], row["mbit"])
-        if quality and step:
-            begin = outcomes.at_first(row["task"], row["method"], row["ranks"], row["mbit"])
-            together, measured = row["steps"] * step.middle + begin, row["curve"][-1][1]
-            losses = [[loss for _, _, loss in one["curve"]] for one in (row, quality[-1])]
-            apart = max(abs(a - b) for a, b in zip(*losses))
-            rows.append((row["label"], f"{together:.1f}", f"{measured:.1f}", f"{measured / together:.2f}",
-                         "equal" if apart == 0 else f"within {apart:.3f}"))  # fmt: skip
-    return rows
+    for delay in DELAYS:
+        for method in METHODS:
+            times = [outcomes.step_time(method, task, RANKS, rate, delay) for rate in RATES]
+            if any(times):
+                label = "no exchange" if method == ways.ALONE else WAYS[method].label
+                rows.append((f"{delay:g} ms", label, *map(_ms, times)))
+    return heads, rows
 
 
-# ---- docs/tables ----
+def _said_steps(outcomes):
+    shares = [row["relay"] for row in outcomes.networks if row.get("relay")]
+    said = (f" Frames go through a relay, which took {min(shares):.0%} to {max(shares):.0%} of one core."
+            if shares else "")  # fmt: skip
+    return ("Milliseconds a step of the rank that is the last to be done, mean and range of the turns; in "
+            "DDP's buckets or in one, whichever is shorter there. With accumulation it is a pass, not an optimizer's "
+            "step." + said)  # fmt: skip
 
 
-PICTURES = (("train_time", "Held-out loss against training time"), ("train_pareto", "Loss against bytes"),
-            ("train_rates", "Step time against link rate"))  # fmt: skip
+def ranks(outcomes: Outcomes, task: str = MAIN) -> tuple:
+    """A row a method: its step on other numbers of ranks, other models."""
+    places = [(model, n, MBIT, delay) for model in MODELS for n in (2, 4, 8) for delay in DELAYS
+              if outcomes.network(model, n, MBIT, delay)]  # fmt: skip
+    heads = ("method", *(f"{_name(outcomes, model)}, {n} ranks, {delay:g} ms"
+                         for model, n, _, delay in places))  # fmt: skip
+    rows = []
+    for method in METHODS:
+        times = [outcomes.step_time(method, *place) for place in places]
+        if sum(time is not None for time in times) > 2:
+            rows.append(("no exchange" if method == ways.ALONE else WAYS[method].label, *map(_ms, times)))
+    return heads, rows
 
 
-def _write_docs(outcomes):
-    origin = _origin(outcomes)
-    seeds = sorted({row["seed"] for row in outcomes.ledger.find(kind="train", purpose="quality")})
-    said = f"{plan.RANKS} ranks, seeds {', '.join(map(str, seeds))}. {origin}"
-    record.write_table(
-        "train", HEADS, quality_rows(outcomes, plan.MAIN_TASK),
-        f"{TASKS[plan.MAIN_TASK].label}, {plan.RATE:g} Mbit/s, {said}\n\n"
-        + "\n\n".join(record.picture(*one) for one in PICTURES),
-    )  # fmt: skip
-    record.write_table(
-        "train_overall", OVERALL_HEADS, overall_rows(outcomes),
-        "The first of thinwire's methods / the first of the peers (plain DDP, 16-bit hooks, PowerSGD, Horovod), with "
-        f"seconds to plain DDP's half-way loss, and ours in times the peer's speed. {_coverage(outcomes)} {said}",
-    )  # fmt: skip
-    direct = direct_rows(outcomes)
-    if direct:
-        record.write_table("train_direct", DIRECT_HEADS, direct, f"Seed {plan.SEEDS[0]}. {origin}")
+def _name(outcomes, model):
+    return {MAIN: "0.45 M", "large": "3.24 M", "clicks": "click model"}[model]
 
 
-def _origin(outcomes):
-    rows = _shown(outcomes.ledger)
-    first, last = (of(row["date"][:10] for row in rows) for of in (min, max))
-    command = "python benchmarks/suite/train.py --report --out benchmarks/results --docs"
-    return record.origin({"command": command, "date": first if first == last else f"{first} to {last}",
-                          "machine": rows[-1]["machine"], "versions": rows[-1]["versions"]})  # fmt: skip
+# ---- in the terminal ----
+
+
+def few(rows: list[dict]) -> tuple:
+    """A row a training: of the quick ones."""
+    cells = [(WAYS[row["method"]].label, f"{row['steps']}", _factor(row["compression_whole"]),
+              "diverged" if row["loss"] is None else f"{row['loss']:.3f}") for row in rows]  # fmt: skip
+    return ("method", "steps", "bytes, plain DDP = 1", "loss"), cells
+
+
+def turns(row: dict) -> tuple:
+    """Of one network: a step of every method, and over no exchange."""
+    of = {}
+    for turn in row["turns"]:
+        of.setdefault(turn["method"], []).append(turn)
+    alone = statistics.mean(turn["last_ms"] for turn in of[ways.ALONE])
+    cells = []
+    for method, its in of.items():
+        ms = statistics.mean(turn["last_ms"] for turn in its)
+        sent = [turn["sent"] / 1e3 for turn in its if "sent" in turn]
+        cells.append((_label(method), f"{ms:.0f}", f"{ms / alone:.2f}",
+                      f"{statistics.mean(sent):.1f}" if sent else "-"))  # fmt: skip
+    return ("method", "step, ms", "over no exchange", "kB sent a step"), cells
+
+
+# ---- cells ----
+
+
+def _label(method):
+    one = IN_ONE if method.endswith(IN_ONE) else ""
+    return WAYS[method.removesuffix(IN_ONE)].label + one
+
+
+def _speed(outcomes, task, method, other, share, mbit, delay):
+    if method == other:
+        return "1"
+    span = outcomes.speedup(task, method, other, share, mbit, delay)
+    return "-" if span is None else f"{span.middle:.2f}" + (", a tie" if 1.0 in span else "")
+
+
+def _factor(compression):
+    if compression is None or math.isinf(compression):
+        return "-" if compression is None else "0"
+    return "1" if compression < 1.005 else f"1/{compression:.3g}"
+
+
+def _loss(span: Span | None):
+    return "diverged" if span is None else f"{span.middle:.3f}"
+
+
+def _seconds(span: Span | None):
+    high = "never" if span and math.isinf(span.high) else f"{span.high:.0f}" if span else ""
+    return "-" if span is None else f"{span.middle:.0f} ({span.low:.0f} to {high})"
+
+
+def _ratio(span: Span | None):
+    high = "any" if span and math.isinf(span.high) else f"{span.high:.2f}" if span else ""
+    return "-" if span is None else f"{span.middle:.2f} ({span.low:.2f} to {high})"
+
+
+def _ms(span: Span | None):
+    return "-" if span is None else f"{1e3 * span.middle:.0f} ({1e3 * span.low:.0f} to {1e3 * span.high:.0f})"
+
+
+def _size(outcomes, task):
+    rows = list(outcomes.runs(task, ways.DDP).values())
+    return f"{rows[0]['parameters'] / 1e6:.2f} M parameters, batches of {RANKS} x {rows[0]['batch']}" if rows else ""
+
+
+def _trained(outcomes):
+    rows = outcomes.losses
+    return f"Losses: `python benchmarks/suite/train.py`, {_of(rows)}" if rows else ""
+
+
+def _timed(outcomes):
+    rows = outcomes.networks
+    return f"Steps: `python benchmarks/suite/steps.py`, {_of(rows)}" if rows else ""
+
+
+def _of(rows):
+    machines = dict.fromkeys(f"{row['machine']['cores']} cores ({row['machine']['cpu']}), PyTorch "
+                             f"{row['versions']['torch']}" for row in rows)  # fmt: skip
+    dates = sorted({row["date"] for row in rows})
+    return f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {' and '.join(machines)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,6 @@
 """The suite's text: windows of bytes of the standard library, and the models that learn them."""
+from pathlib import Path
+
 import torch
 from common import task as text
 from torch import nn
@@ -7,9 +9,14 @@ from torch.nn import functional as F
 VOCABULARY = 256  # bytes
 
 
-def byte_transformer() -> nn.Module:
-    """1.0 million parameters."""
-    return text.ByteTransformer(width=160, layers=3)
+def small_transformer() -> nn.Module:
+    """0.45 million parameters."""
+    return text.ByteTransformer(width=104, layers=3)
+
+
+def transformer() -> nn.Module:
+    """3.24 million parameters."""
+    return text.ByteTransformer()
 
 
 class Gpt2(nn.Module):
@@ -30,12 +37,16 @@ class Gpt2(nn.Module):
 
 
 class Windows:
-    """Windows of the standard library's text, 4 a rank in a batch; whole files are held out."""
+    """Windows of the standard library's text; whole files are held out, the same in all runs.
 
-    def __init__(self, rank: int, n: int, seed: int):
-        training, held_out = text.standard_library(seed)
-        self._batches = text.batches(training, rank, n, seed)
-        self._held_out = text.HeldOut(held_out, rank, n, windows=128, seed=seed)
+    root: the folder of another Python's library. windows: how many are held out.
+    """
+
+    def __init__(self, rank: int, n: int, seed: int, batch: int, root: Path | None = None, windows: int = 512):
+        self._training, held_out = text.standard_library(root=root)
+        self._text = held_out
+        self._batches = text.batches(self._training, rank, n, seed, batch)
+        self._held_out = text.HeldOut(held_out, rank, n, windows=windows)
 
     def batch(self):
         return next(self._batches)
@@ -43,3 +54,7 @@ class Windows:
     def held_out_part(self, model: nn.Module) -> torch.Tensor:
         """This rank's part of the held-out loss, 0-d: added over the ranks, it is the mean."""
         return self._held_out.part(model)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of it, on every rank."""
+        return [self._training, self._text]

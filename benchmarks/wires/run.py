@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own room on the path
 from common.loopback import rows_as_they_come
+from common.provenance import about
 from common.record import RESULTS, origin, print_table, read_rows, write_table
 from rich.progress import Progress
-from suite.ledger import about
 
 SCRIPT = Path(__file__).resolve().with_name("rank.py")
 RANKS, STEPS, SEEDS = 4, 500, (1, 2, 3)
@@ -55,7 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", choices=DENSITIES, default=list(DENSITIES), metavar="METHOD",
-                        help=f"of {', '.join(map(repr, DENSITIES))}")  # fmt: skip
+                        help=f"of {', '.join(map(repr, DENSITIES))}".replace("%", "%%"))  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", choices=[ADAMW, SGD], default=[ADAMW, SGD])
     parser.add_argument("--wires", nargs="+", default=WIRES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

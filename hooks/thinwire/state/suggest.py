@@ -9,8 +9,9 @@ import torch.distributed as dist
 from thinwire.methods import BlockSparse, Dense, DivideAndShuffle, Elastic, LocalSteps, Method, block_sparse
 from thinwire.methods.base import check_count
 
-# The best rates of the suite's grid (benchmarks/results/train_options.json), the byte-level transformer with AdamW on 4
-# ranks: four times plain DDP's for nominated 1 % and 4 %, twice for 16 %. Nothing above was better.
+# A byte-level transformer with AdamW on 4 ranks had its best rates, without a schedule, at four times plain DDP's for
+# nominated 1 % and 4 % and at twice for 16 %, and at nothing above. With warm-up and decay 16 % had it at plain DDP's
+# own (benchmarks/results/losses.jsonl), so what is suggested is where to begin a search from above.
 _MOST = 4.0
 
 # Adam's beta1 where ranks step by themselves and an outer optimizer has a momentum. In a simulation that is not part of
