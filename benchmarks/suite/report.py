@@ -20,7 +20,6 @@ from suite.plan import SEEDS
 from suite.tasks import MAIN, TASKS
 from suite.ways import WAYS
 
-COMMAND = "python benchmarks/suite/report.py"
 MBIT, DELAY = 100.0, 10.0  # of the main comparison
 METHODS = tuple(dict.fromkeys(name.removesuffix(IN_ONE) for name in (ways.ALONE, *TIMED, *MORE)))
 FEWER_BYTES = 50
@@ -53,7 +52,7 @@ def tables(outcomes: Outcomes) -> dict[str, tuple]:
     """By name: heads, rows, the text below, and how many columns are words."""
     trained, timed = _trained(outcomes), _timed(outcomes)
     both = f"{trained} {timed}"
-    found = {
+    all_of_them = {
         "results_short": (*short(outcomes), f"{_said_short(outcomes)} {both}\n\n{PICTURES}", 1),
         "results_goals": (*goals(outcomes), both, 1),
         "results_losses": (*losses(outcomes), f"{_said_losses()} {trained}", 2),
@@ -62,8 +61,8 @@ def tables(outcomes: Outcomes) -> dict[str, tuple]:
         "results_steps": (*steps(outcomes), f"{_said_steps(outcomes)} {timed}", 2),
     }
     if any((row["model"], row["ranks"]) != (MAIN, RANKS) for row in outcomes.networks):
-        found["results_ranks"] = (*ranks(outcomes), timed, 1)
-    return found
+        all_of_them["results_ranks"] = (*ranks(outcomes), timed, 1)
+    return all_of_them
 
 
 # ---- the short one ----
@@ -277,7 +276,7 @@ def ranks(outcomes: Outcomes, task: str = MAIN) -> tuple:
     """A row a method: its step on other numbers of ranks, other models."""
     places = [(model, n, MBIT, delay) for model in MODELS for n in (2, 4, 8) for delay in DELAYS
               if outcomes.network(model, n, MBIT, delay)]  # fmt: skip
-    heads = ("method", *(f"{_name(outcomes, model)}, {n} ranks, {delay:g} ms"
+    heads = ("method", *(f"{_name(model)}, {n} ranks, {delay:g} ms"
                          for model, n, _, delay in places))  # fmt: skip
     rows = []
     for method in METHODS:
@@ -287,7 +286,7 @@ def ranks(outcomes: Outcomes, task: str = MAIN) -> tuple:
     return heads, rows
 
 
-def _name(outcomes, model):
+def _name(model):
     return {MAIN: "0.45 M", "large": "3.24 M", "clicks": "click model"}[model]
 
 

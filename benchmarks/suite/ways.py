@@ -234,10 +234,6 @@ class Way:
     outer: bool = False
 
 
-def _peer(label, make, **also):
-    return Way(label, make, **also)
-
-
 def _ours(label, method, bucket_cap_mb=None, **also):
     """method: of thinwire, or what makes it from the run."""
     fixed = None if callable(method) else method
@@ -272,15 +268,15 @@ LATE, FRAGMENTS, LOCAL_WAITS, LOCAL_EXACT = "local-16-late", "local-16-fragments
 LATE_8 = "local-8-late"
 PARTIAL_WEIGHTS, PARTIAL_ERROR = "local-16-partial-weights", "local-16-partial-error"
 WAYS = {
-    DDP: _peer("plain DDP", Ddp),
-    HALF: _peer("fp16 hook", Half, like=DDP),
-    ACCUMULATION_4: _peer("DDP, gradients of 4 passes accumulated", functools.partial(Accumulation, every=4), every=4,
-                          rate=2.0),
-    ACCUMULATION: _peer("DDP, gradients of 16 passes accumulated", Accumulation, every=EVERY, rate=2.0),
-    **{f"powersgd-{rank}": _peer(f"PowerSGD rank {rank}", functools.partial(PowerSgd, rank=rank))
+    DDP: Way("plain DDP", Ddp),
+    HALF: Way("fp16 hook", Half, like=DDP),
+    ACCUMULATION_4: Way("DDP, gradients of 4 passes accumulated", functools.partial(Accumulation, every=4), every=4,
+                        rate=2.0),
+    ACCUMULATION: Way("DDP, gradients of 16 passes accumulated", Accumulation, every=EVERY, rate=2.0),
+    **{f"powersgd-{rank}": Way(f"PowerSGD rank {rank}", functools.partial(PowerSgd, rank=rank))
        for rank in (1, 2, 4)},
-    "powersgd-4-fp16": _peer("PowerSGD rank 4, fp16", functools.partial(PowerSgd, rank=4, half=True), like=POWERSGD),
-    POST_LOCAL: _peer("PostLocalSGD, a round every 16", PostLocalSgd, every=EVERY),
+    "powersgd-4-fp16": Way("PowerSGD rank 4, fp16", functools.partial(PowerSgd, rank=4, half=True), like=POWERSGD),
+    POST_LOCAL: Way("PostLocalSGD, a round every 16", PostLocalSgd, every=EVERY),
     **{name: _contestant(name, rate=2.0) for name in (
         "nominated-1-bf16", "nominated-4-bf16", "nominated-16-bf16", "nominated-1-int4", "nominated-4-int4", NOMINATED,
         "topk-1")},
@@ -300,7 +296,7 @@ WAYS = {
     LOCAL_EXACT: _local(said=', method=Dense()', like=LOCAL, method=Dense()),
     PARTIAL_WEIGHTS: _partial("weights"),
     PARTIAL_ERROR: _partial("error_feedback"),
-    OUTER_DDP: _peer("DDP with the outer optimizer", OuterDdp, rate=0.5, outer=True),
+    OUTER_DDP: Way("DDP with the outer optimizer", OuterDdp, rate=0.5, outer=True),
     ALONE: Way("one rank alone", Alone, control=True),
 }  # fmt: skip
 
